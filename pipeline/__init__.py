@@ -1,0 +1,1 @@
+"""The benchmark: stages that prepare data, train every optimizer on it and compare them, declared in dvc.yaml."""

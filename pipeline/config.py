@@ -1,0 +1,189 @@
+"""The typed view of params.yaml that every stage starts from: `load` it, `resolve` one pair, `run_stage`.
+
+Nothing here imports torch or mlflow before the whole file has been validated. Any value of an optimizer may be a
+mapping by benchmark; `resolve` picks the entry of the chosen one.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checks import ConfigError, nearest, unknown
+from pipeline.validation import maps_benchmarks, validate
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ConfigError", "Params", "RunConfig", "load", "optimizer_class", "resolve", "run_stage"]
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "batch_size": None,
+    "averaging": None,
+    "warmup": 0,
+    "schedule": "constant",
+}
+
+
+@dataclass(frozen=True)
+class Params:
+    """A validated params.yaml. Mappings keep the order of the file."""
+
+    benchmarks: dict[str, dict[str, Any]]
+    optimizers: dict[str, dict[str, Any]]
+    images: dict[str, dict[str, Any]]
+    planted: dict[str, dict[str, Any]]
+    seeds: list[int]
+    device: str
+    threads: int
+    diagnostics: str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One optimizer on one benchmark, all mappings by benchmark resolved."""
+
+    benchmark: str
+    optimizer: str
+    model: dict[str, Any]
+    loss: str
+    batch_size: int | dict[str, Any]  # examples; or growth {from, to, over_epochs}
+    steps: int
+    evaluate_every: int
+    target_metric: str
+    target_value: float
+    averaging: float | None
+    warmup: int
+    schedule: str
+    target_class: str
+    options: dict[str, Any]  # constructor arguments of target_class
+    seeds: list[int]
+    device: str
+    threads: int
+    diagnostics: str
+    data: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load(path: str | Path = "params.yaml") -> Params:
+    """Read and validate a parameter file. Raises ConfigError."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        values = YAML(typ="safe", pure=True).load(Path(path))  # as DVC reads it: 1e-3 is a number
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `python -m pipeline.composition` composes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    return view(values)
+
+
+def view(values: Any) -> Params:
+    """The typed view of a composed configuration. Raises ConfigError."""
+    values = validate(values)
+    return Params(
+        benchmarks=values["benchmark"],
+        optimizers=values["optimizer"],
+        images=values["images"],
+        planted=values["planted"],
+        seeds=values["seeds"],
+        device=values["device"],
+        threads=values["threads"],
+        diagnostics=values["diagnostics"],
+    )
+
+
+def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
+    """The chosen pair. Raises ConfigError when params.yaml does not have it."""
+    for kind, name, chosen in (
+        ("benchmark", benchmark, params.benchmarks),
+        ("optimizer", optimizer, params.optimizers),
+    ):
+        if name not in chosen:
+            raise ConfigError(
+                f"{kind}: {name!r} is not among the chosen; chosen: {', '.join(chosen)}{nearest(name, chosen)}"
+            )
+    task = params.benchmarks[benchmark]
+    chosen = params.optimizers[optimizer]
+    options = {k: by_benchmark(v, benchmark) for k, v in chosen.items() if k not in ("_target_", "training")}
+    training = {k: by_benchmark(v, benchmark) for k, v in chosen.get("training", {}).items()}
+    training = TRAINING_DEFAULTS | training
+    return RunConfig(
+        benchmark=benchmark,
+        optimizer=optimizer,
+        model=task["model"],
+        loss=task["loss"],
+        batch_size=task["batch_size"] if training["batch_size"] is None else training["batch_size"],
+        steps=task["steps"],
+        evaluate_every=task["evaluate_every"],
+        target_metric=task["target"]["metric"],
+        target_value=task["target"]["value"],
+        averaging=training["averaging"],
+        warmup=training["warmup"],
+        schedule=training["schedule"],
+        target_class=chosen["_target_"],
+        options=options,
+        seeds=params.seeds,
+        device=params.device,
+        threads=params.threads,
+        diagnostics=params.diagnostics,
+        data=params.planted[benchmark] if benchmark in params.planted else params.images[benchmark],
+    )
+
+
+def by_benchmark(value: Any, benchmark: str) -> Any:
+    """The chosen benchmark's entry of a mapping by benchmark; any other value as it is."""
+    if not maps_benchmarks(value):
+        return value
+    return value[benchmark] if benchmark in value else value["default"]
+
+
+def optimizer_class(run: RunConfig) -> "type[torch.optim.Optimizer]":
+    """The class that `_target_` names. Imports torch and the class's package; raises ConfigError."""
+    import torch
+
+    field = f"optimizer.{run.optimizer}._target_"
+    module, _, name = run.target_class.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a broken package may raise anything while it is imported
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{field}: {run.target_class!r} cannot be imported: {reason}") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError(f"{field}: {run.target_class!r} is not a subclass of torch.optim.Optimizer")
+    parameters = inspect.signature(found).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for option in run.options:
+            if option not in parameters:
+                raise unknown(f"optimizer.{run.optimizer}.{option}", option, parameters, "hyper-parameter")
+    return found
+
+
+def run_stage(stage: Callable[..., None], *arguments: str) -> None:
+    """Call `stage` with the command line's words, one for each name in `arguments`, and end the process on failure.
+
+    A ConfigError, or a file that may not be read or written, is one line on stderr and exit status 2.
+    """
+    words = sys.argv[1:]
+    try:
+        if len(words) != len(arguments):
+            usage = " ".join(
+                ["python -m", f"pipeline.{Path(sys.argv[0]).stem}", *(f"<{a}>" for a in arguments)]
+            )
+            raise ConfigError(f"expected {len(arguments)} arguments, got {len(words)}; usage: {usage}")
+        stage(*words)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
+        sys.exit(2)
