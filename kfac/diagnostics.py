@@ -54,8 +54,8 @@ class Fidelity(NamedTuple):
 
     cosine: of x with x*. relative_error: ‖x − x*‖ / ‖x*‖. share: of the decrease of the quadratic model that
     the step −x* achieves, the part that −x achieves (1 at best, negative for a step that climbs). best_share:
-    the same after the best rescaling of x, thus blind to its length. iterations, residual: of the exact
-    solve.
+    the same after the best rescaling of x by a positive number. iterations, residual: of the exact solve.
+    A zero gradient gives NaN.
     """
 
     cosine: Tensor
@@ -74,9 +74,7 @@ class Spectrum(NamedTuple):
     condition: Tensor
 
 
-def largest_eigenvalues(
-    operator: CurvatureOperator, k: int = 1, *, seed: int = 0, tolerance: float = 1e-3
-) -> Tensor:
+def largest_eigenvalues(operator: CurvatureOperator, k: int = 1, *, seed: int = 0, tolerance: float = 1e-3) -> Tensor:
     """The k largest eigenvalues, descending, float64 [k]; see `eigenpairs`."""
     return eigenpairs(operator, k, seed=seed, tolerance=tolerance)[0]
 
@@ -86,10 +84,10 @@ def eigenpairs(
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Extreme eigenvalues, float64 [k], outermost first, and k unit eigenvectors shaped as the parameters.
 
-    Implicitly restarted Lanczos (``scipy.sparse.linalg.eigsh``), started from a seeded Gaussian vector, to a
-    relative `tolerance`. The smallest eigenvalues of a GGN are zero wherever parameters outnumber residuals.
-    Eigenvalues that have not converged within scipy's iteration limit are NaN. Every product makes a round
-    trip to the host.
+    Implicitly restarted Lanczos (``scipy.sparse.linalg.eigsh``) from a seeded Gaussian vector. `tolerance` is
+    relative to the eigenvalue for the largest, to the largest eigenvalue for the smallest (which are zero
+    wherever parameters outnumber residuals). Eigenvalues that have not converged within scipy's iteration
+    limit are NaN. Every product makes a round trip to the host.
     """
     if which not in ("largest", "smallest"):
         raise ValueError(f"which: {which!r} given, 'largest' or 'smallest' expected")
@@ -97,21 +95,17 @@ def eigenpairs(
         raise ValueError(f"k: {k} given, 1 to {operator.size} (the number of parameters) expected")
     if operator.size <= max(_DENSE_SIZE, 2 * k):
         values, columns = torch.linalg.eigh(_symmetric(operator.dense()))
-        order = torch.arange(operator.size, device=values.device)
     else:
         values, columns = _lanczos(operator, k, which, seed, tolerance)
-        order = values.argsort()
-    order = (order.flip(0) if which == "largest" else order)[:k]
-    vectors = columns.T[order].to(operator.device, operator.dtype)
+    order = values.argsort(descending=which == "largest")[:k]
     missing = k - order.numel()
-    values = torch.cat([values[order], values.new_full((missing,), torch.nan)]).to(operator.device)
-    vectors = torch.cat([vectors, vectors.new_full((missing, operator.size), torch.nan)])
-    return values, [operator.unflatten(row) for row in vectors]
+    values = torch.cat([values[order], values.new_full((missing,), torch.nan)])
+    vectors = torch.cat([columns.T[order], columns.new_full((missing, operator.size), torch.nan)])
+    return values.to(operator.device), [operator.unflatten(row) for row in vectors]
 
 
-def _lanczos(
-    operator: CurvatureOperator, k: int, which: str, seed: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
+def _lanczos(operator: CurvatureOperator, k: int, which: str, seed: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors (columns) in any order; fewer than k where not all converged."""
     import numpy
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
@@ -122,22 +116,23 @@ def _lanczos(
     start = numpy.random.default_rng(seed).standard_normal(operator.size)
     image = product(start)
     if not numpy.isfinite(image).all():
-        raise ValueError(
-            "operator: its product with a finite vector is not finite (diverged parameters or inputs?)"
-        )
+        raise ValueError("operator: not finite (diverged parameters, or inputs that are not finite)")
     if not image.any():  # the zero operator, on which ARPACK breaks down
-        columns = torch.from_numpy(
-            numpy.linalg.qr(start[:, None] if k == 1 else numpy.eye(operator.size, k))[0]
-        )
-        return torch.zeros(k, dtype=torch.float64), columns
-    linear = LinearOperator((operator.size, operator.size), matvec=product, dtype=numpy.float64)
-    code = "LA" if which == "largest" else "SA"
-    resolution = max(tolerance, torch.finfo(operator.dtype).eps)
+        return torch.zeros(k, dtype=torch.float64), torch.eye(operator.size, k, dtype=torch.float64)
+    shape = (operator.size, operator.size)
+    options = {"v0": start, "tol": max(tolerance, torch.finfo(operator.dtype).eps)}
+    shift = 0.0
     try:
-        values, columns = eigsh(linear, k, which=code, v0=start, tol=resolution)
+        if which == "smallest":
+            # ARPACK's tolerance is relative to the eigenvalue sought, which may be zero: look for it from the
+            # other end of the spectrum, as the lowest of F - largest * I.
+            plain = LinearOperator(shape, matvec=product, dtype=numpy.float64)
+            shift = float(eigsh(plain, 1, which="LA", return_eigenvectors=False, **options)[0])
+        linear = LinearOperator(shape, matvec=lambda row: product(row) - shift * row, dtype=numpy.float64)
+        values, columns = eigsh(linear, k, which="LA" if which == "largest" else "SA", **options)
     except ArpackNoConvergence as failure:
-        values, columns = failure.eigenvalues, failure.eigenvectors
-    return torch.from_numpy(values.copy()), torch.from_numpy(columns.copy())
+        values, columns = failure.eigenvalues, failure.eigenvectors.reshape(operator.size, -1)
+    return torch.from_numpy(values + shift), torch.from_numpy(numpy.ascontiguousarray(columns))
 
 
 def trace(operator: CurvatureOperator, samples: int = 16, *, seed: int = 0) -> Tensor:
@@ -152,7 +147,7 @@ def trace(operator: CurvatureOperator, samples: int = 16, *, seed: int = 0) -> T
 
 
 def diagonal(operator: CurvatureOperator, samples: int = 16, *, seed: int = 0) -> list[Tensor]:
-    """Estimate of the diagonal, shaped as the parameters: the mean of z ∘ Fz over seeded Rademacher vectors z.
+    """Estimate of the diagonal, shaped as the parameters: the mean of z ∘ Fz over seeded Rademacher z.
 
     Unbiased; entry i has variance Σ_{j≠i} F_ij² / samples (Bekas, Kokiopoulou and Saad 2007). The sum over
     all entries is `trace` of the same seed and samples.
@@ -175,8 +170,8 @@ def damped_natural_gradient(
 
     Stops at a residual of `tolerance` times ‖gradient‖, after `max_iterations` products, or at a direction of
     non-positive curvature (an indefinite operator: the loss is not convex in the output). The recurrences are
-    in float64, products in the operator's type: float32 nets reach relative residuals of about 1e-6. One
-    number is read from the device per iteration.
+    in float64, products in the operator's type: float32 nets reach relative residuals of about 1e-6. Two
+    numbers are read from the device per iteration.
     """
     shift = _damping(damping)
     b = operator.flatten(gradient).double()
@@ -230,9 +225,7 @@ def fidelity(
     """
     shift = _damping(damping)
     if exact is None:
-        exact = damped_natural_gradient(
-            operator, gradient, damping, tolerance=tolerance, max_iterations=max_iterations
-        )
+        exact = damped_natural_gradient(operator, gradient, damping, tolerance=tolerance, max_iterations=max_iterations)
     g = operator.flatten(gradient).double()
     pair = torch.stack([operator.flatten(direction), operator.flatten(exact.direction)])
     x, best = pair.double()
@@ -275,10 +268,8 @@ def norm(u: Vector) -> Tensor:
 
 
 def cosine(u: Vector, v: Vector) -> Tensor:
-    """Cosine of the angle between two lists of tensors taken as vectors; 0-dim float64, NaN if one is zero."""
-    inner = torch.stack(
-        [_dot(a.detach().flatten(), b.detach().flatten()) for a, b in zip(u, v, strict=True)]
-    ).sum()
+    """Cosine of the angle between two lists of tensors; 0-dim float64, NaN if one is zero."""
+    inner = torch.stack([_dot(a.detach().flatten(), b.detach().flatten()) for a, b in zip(u, v, strict=True)]).sum()
     return inner / (norm(u) * norm(v))
 
 

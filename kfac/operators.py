@@ -18,25 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 Vector = Sequence[Tensor]
 
-# Products with several vectors share one pass over the graph; its intermediate results grow with their
-# number.
-BATCH = 16
+# Vectors that share one pass over the graph where several are known: halves the time of a small dense net or
+# better, costs a convolutional one nothing. Memory grows with it.
+BATCH = 8
 
 
 class CurvatureOperator:
     """Symmetric Jᵀ M J of a model on one batch; a subclass supplies M, the curvature in the output."""
 
     def __init__(self, model: nn.Module, inputs: Any, parameters: Vector | None):
-        originals = (
-            [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
-        )
+        originals = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
         if not originals:
             raise ValueError("parameters: none given and none of the model requires a gradient")
-        twin, self.parameters = _isolated(model, originals)
+        with _grad_mode():
+            twin, self.parameters = _isolated(model, originals)
         self._shapes = [p.shape for p in originals]
         self._sizes = [p.numel() for p in originals]
         self.size = sum(self._sizes)
@@ -46,13 +45,12 @@ class CurvatureOperator:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
 
         with _reproducible_forward(twin, self.device):
-            leaves, self._structure = tree_flatten(twin(inputs))
+            leaves, self._structure = tree_flatten(twin(_ordinary(inputs)))
         self._leaves = leaves
         self._differentiable = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad]
         self._outputs: list[Tensor] = [leaves[i] for i in self._differentiable]
         with _grad_mode():
-            # The gradient is linear in the cotangent; its transpose, taken in the cotangent, is the product
-            # with J.
+            # The gradient is linear in the cotangent; differentiating it there gives products with J.
             self._cotangents = [torch.zeros_like(t, requires_grad=True) for t in self._outputs]
             gradients: Sequence[Tensor | None] = [None] * len(self.parameters)
             if self._outputs:
@@ -95,15 +93,11 @@ class CurvatureOperator:
     def flatten(self, v: Vector, *, batched: bool = False) -> Tensor:
         """One flat vector [P] of tensors shaped as the parameters ([K, P] of [K, *shape] if `batched`)."""
         if len(v) != len(self._shapes):
-            raise ValueError(
-                f"vector: {len(v)} tensors given, one for each of {len(self._shapes)} parameters expected"
-            )
+            raise ValueError(f"vector: {len(v)} tensors given, one for each of {len(self._shapes)} parameters expected")
         lead = v[0].shape[:1] if batched else torch.Size()
         for i, (t, shape) in enumerate(zip(v, self._shapes, strict=True)):
             if t.shape != lead + shape:
-                raise ValueError(
-                    f"vector: tensor {i} has shape {tuple(t.shape)}, its parameter {tuple(shape)}"
-                )
+                raise ValueError(f"vector: tensor {i} has shape {tuple(t.shape)}, its parameter {tuple(shape)}")
         return torch.cat([t.detach().reshape(*lead, -1).to(self.device, self.dtype) for t in v], -1)
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
@@ -132,14 +126,12 @@ class GGN(CurvatureOperator):
 
     Args:
         model: evaluated once, as ``model(inputs)``, in the mode that it is in; dropout keeps one mask for all
-        products.
-            The evaluation is of a copy: buffers, ``.grad``, random state and hooks of the original are left
-            alone. Hooks are not called, apart from torch's own weight reparametrisations.
+            products. The evaluation is of a copy: buffers, ``.grad``, random state and hooks of the original
+            are left alone. Hooks are not called, apart from torch's own weight reparametrisations.
         criterion: ``criterion(output, targets)`` returns a scalar.
         parameters: the parameters to differentiate in; default: those that require a gradient. They are
-        copied: the
-            operator stays that of the point at which it was made. A parameter that the output does not depend
-            on has zero rows.
+            copied: the operator stays that of the point at which it was made. A parameter that the output
+            does not depend on has zero rows.
 
     Attributes:
         loss: the loss at that point (0-dim). gradient: its gradient, a list shaped as the parameters.
@@ -155,30 +147,24 @@ class GGN(CurvatureOperator):
         parameters: Vector | None = None,
     ):
         super().__init__(model, inputs, parameters)
-        if isinstance(criterion, nn.Module):
-            criterion, _ = _isolated(criterion, [])
         with _grad_mode():
+            if isinstance(criterion, nn.Module):
+                criterion, _ = _isolated(criterion, [])
             self._points = [t.detach().requires_grad_() for t in self._outputs]
             leaves = list(self._leaves)
             for i, point in zip(self._differentiable, self._points, strict=True):
                 leaves[i] = point
-            loss = criterion(tree_unflatten(leaves, self._structure), targets)
+            loss = criterion(tree_unflatten(leaves, self._structure), _ordinary(targets))
             if loss.numel() != 1:
-                raise ValueError(
-                    f"criterion: returned shape {tuple(loss.shape)}, a scalar is needed (reduction)"
-                )
+                raise ValueError(f"criterion: returned shape {tuple(loss.shape)}, a scalar is needed (reduction)")
             self.loss = loss.detach().reshape(())
             slopes: Sequence[Tensor | None] = [None] * len(self._points)
             if loss.requires_grad:
                 slopes = torch.autograd.grad(loss, self._points, create_graph=True, allow_unused=True)
-            # A slope without a graph is constant: the loss is linear in that output and has no curvature
-            # there.
+            # A slope without a graph is constant: the loss is linear in that output.
             self._curved = [i for i, s in enumerate(slopes) if s is not None and s.requires_grad]
             self._slopes = [s for s in slopes if s is not None and s.requires_grad]
-            down = [
-                torch.zeros_like(p) if s is None else s.detach()
-                for s, p in zip(slopes, self._points, strict=True)
-            ]
+            down = [torch.zeros_like(p) if s is None else s.detach() for s, p in zip(slopes, self._points, strict=True)]
             self.gradient = [torch.zeros_like(p) for p in self.parameters]
             used = [self.parameters[i] for i in self._used]
             for i, g in zip(self._used, _pull(self._outputs, used, down, False) if used else [], strict=True):
@@ -196,9 +182,8 @@ class Fisher(CurvatureOperator):
     Args:
         model, inputs, parameters: as for `GGN`; the output is one tensor [N, ...].
         vectors: a function from the (detached) output [N, ...] to vectors [K, N, ...]. All columns of a root
-        of the
-            output's Fisher give the exact one; scaled gradients at drawn labels the sampled one; scaled
-            gradients at the true labels the empirical one (Kunstner et al. 1905.12558 on what that is not).
+            of the output's Fisher give the exact one; scaled gradients at drawn labels the sampled one;
+            scaled gradients at the true labels the empirical one (1905.12558 on what that is not).
     """
 
     def __init__(
@@ -210,9 +195,7 @@ class Fisher(CurvatureOperator):
     ):
         super().__init__(model, inputs, parameters)
         if len(self._outputs) != 1:
-            raise ValueError(
-                f"model: {len(self._outputs)} differentiable output tensors, Fisher takes exactly one"
-            )
+            raise ValueError(f"model: {len(self._outputs)} differentiable output tensors, Fisher takes exactly one")
         output = self._outputs[0]
         v = vectors(output.detach()).detach()
         if v.dim() < 2 or v.shape[1:] != output.shape:
@@ -228,30 +211,23 @@ class Fisher(CurvatureOperator):
         return [torch.einsum("knc,...kn->...nc", self._vectors, inner).reshape(t.shape)]
 
 
-def _pull(
-    outputs: Sequence[Tensor], points: Sequence[Tensor], cotangents: Vector, batched: bool
-) -> list[Tensor]:
+def _pull(outputs: Sequence[Tensor], points: Sequence[Tensor], cotangents: Vector, batched: bool) -> list[Tensor]:
     """Vector-Jacobian product on a graph that is kept; `batched` cotangents have a leading dimension."""
 
-    def one(vectors: Vector, several: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            outputs,
-            points,
-            vectors,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-            is_grads_batched=several,
+    def one(vectors: Vector, several: bool) -> list[Tensor]:
+        found = torch.autograd.grad(
+            outputs, points, vectors, retain_graph=True, allow_unused=True, is_grads_batched=several
         )
+        lead = vectors[0].shape[:1] if several else ()
+        return [p.new_zeros(*lead, *p.shape) if g is None else g for g, p in zip(found, points, strict=True)]
 
-    if not batched:
-        return list(one(cotangents))
     try:
-        return list(one(cotangents, several=True))
+        return one(cotangents, batched)
     except RuntimeError:
-        # Operations without a batching rule, recomputed segments, too little memory: one vector at a time,
-        # which raises again if the fault was another.
-        rows = [one([c[i] for c in cotangents]) for i in range(len(cotangents[0]))]
+        if not batched:
+            raise
+        # Operations without a batching rule, recomputed segments, too little memory: one vector at a time.
+        rows = [one(row, False) for row in zip(*cotangents, strict=True)]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -278,9 +254,7 @@ def _isolated(module: nn.Module, parameters: Vector) -> tuple[nn.Module, list[Te
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             hooks = getattr(part, kind)
             memo[id(hooks)] = OrderedDict(
-                (key, hook)
-                for key, hook in hooks.items()
-                if type(hook).__module__.startswith("torch.nn.utils.")
+                (key, hook) for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")
             )
         # Tensors with a graph cannot be copied (results kept by a module, weights made by a
         # reparametrisation).
@@ -291,9 +265,7 @@ def _isolated(module: nn.Module, parameters: Vector) -> tuple[nn.Module, list[Te
     own = {id(p) for p in module.parameters()}
     for i, given in enumerate(parameters):
         if id(given) not in own:
-            raise ValueError(
-                f"parameters: tensor {i} of shape {tuple(given.shape)} is not a parameter of the model"
-            )
+            raise ValueError(f"parameters: tensor {i} of shape {tuple(given.shape)} is not a parameter of the model")
     twin.requires_grad_(False)
     copies: list[Tensor] = [memo[id(p)].requires_grad_() for p in parameters]
     return twin, copies
@@ -304,6 +276,11 @@ def _grad_mode() -> Iterator[None]:
     """Differentiation on, wherever the caller evaluates."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def _ordinary(data: Any) -> Any:
+    """Tensors made in inference mode cannot take part in a graph; copies can."""
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, data)
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+# Every target sets up what it needs: the first one that runs makes .venv from requirements.lock, with hashes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+export PATH := $(BIN):$(PATH)
+export DVC_NO_ANALYTICS := true
+
+.DEFAULT_GOAL := help
+.PHONY: help repro exp-show ui test test-all lint lock
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
+
+$(READY): requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; allowed: make PYTHON=python3.x ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+repro: $(READY)  ## run the benchmark (dvc repro) and print the comparison
+	dvc repro
+	@python -m pipeline.aggregate --show
+
+exp-show: $(READY)  ## list experiments with what they changed and their steps to target
+	dvc exp show --only-changed --drop 'Created|State|Executor|^data/|^kfac|^pipeline|^results'
+
+ui: $(READY)  ## serve the MLflow UI of this repository on loopback
+	python -m pipeline.tracking ui
+
+test: lint  ## lint, then run the tests
+	python -m pytest
+
+test-all: lint  ## the same with the slow tests
+	python -m pytest -m ''
+
+lint: $(READY)  ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+lock: $(READY)  ## compile requirements.lock from pyproject.toml
+	python -m uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --all-extras \
+	  --no-emit-index-url --output-file requirements.lock pyproject.toml

@@ -1,0 +1,8 @@
+"""Second-order optimizers for PyTorch with Kronecker-factored curvature: K-FAC, E-KFAC and two-level K-FAC."""
+
+from . import diagnostics
+from .ekfac import EKFAC
+from .gkfac import GKFAC
+from .kfac import KFAC
+
+__all__ = ["EKFAC", "GKFAC", "KFAC", "diagnostics"]

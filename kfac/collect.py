@@ -1,0 +1,159 @@
+"""From a captured batch to curvature: which vectors are sent back, the rows they leave, and the sums for the factors.
+
+One collector serves one optimizer. Between two steps it receives any number of batches (gradient accumulation); their
+weights are what the backward put on each criterion's value, so k micro-batches equal one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import factors, losses
+from .capture import Batch
+from .layers import LinearBlock
+
+EXACT_OUTPUTS = 16  # fisher="auto": exact curvature vectors up to this many output numbers of an example
+MODEL_ROWS = 256  # examples that the quadratic model uses at least, before it takes a quarter of the batch
+
+
+@dataclass
+class Rows:
+    """Curvature rows of one batch: a [K, N, T, d_in] and g [K, M, N, T, d_out] of each layer, and the batch's weight."""
+
+    layers: dict[LinearBlock, tuple[Tensor, Tensor]]
+    weight: Tensor
+
+
+class Collector:
+    """Receives batches inside the backward; the optimizer reads the rest at its step.
+
+    Args:
+        criterion: the loss (see losses.py).
+        fisher, fisher_samples: as in `KroneckerOptimizer`.
+        generator: source of sampled vectors; None is an own one for each device, seeded 0.
+        keeps_rows: whether the rows of a statistics step are to be kept in `factor_rows`.
+    """
+
+    def __init__(
+        self,
+        criterion: object,
+        fisher: str,
+        fisher_samples: int,
+        generator: torch.Generator | None,
+        keeps_rows: bool,
+    ):
+        self.curvature = losses.curvature_of(criterion)
+        self.mean = getattr(criterion, "reduction", "mean") != "sum"
+        self.fisher, self.samples, self.keeps_rows = fisher, fisher_samples, keeps_rows
+        self.generators = {generator.device: generator} if generator is not None else {}
+        self.factors_due = self.model_due = False
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums: dict[LinearBlock, tuple[Tensor, Tensor, Tensor]] = {}
+        self.model_rows: list[Rows] = []
+        self.factor_rows: list[Rows] = []
+        self.weights: list[Tensor] = []
+        self.losses: list[Tensor] = []
+
+    def norm(self) -> Tensor:
+        """What weights are divided by, so that 1/k and an AMP scale drop out: their sum, or their mean for "sum"."""
+        total = torch.stack(self.weights).sum()
+        return total if self.mean else total / len(self.weights)
+
+    def loss(self) -> Tensor:
+        """The criterion's value over all batches."""
+        weighted = [weight * value for weight, value in zip(self.weights, self.losses, strict=True)]
+        return torch.stack(weighted).sum() / self.norm()
+
+    def weighted(self, rows: list[Rows]) -> list[Rows]:
+        """The batches' weights put into their gradient rows, so that rows of several batches add up."""
+        roots = [(part.weight / self.norm()).sqrt() for part in rows]
+        return [
+            Rows({block: (a, g * root) for block, (a, g) in part.layers.items()}, torch.ones_like(root))
+            for part, root in zip(rows, roots, strict=True)
+        ]
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(0)
+        return self.generators[device]
+
+    def receive(self, batch: Batch) -> None:
+        if not batch.calls:
+            return
+        dtype = batch.calls[0].block.weight.dtype
+        output, target = batch.output.to(dtype), batch.target
+        weight = output.new_ones(()) if batch.weight is None else batch.weight.to(dtype)
+        self.weights.append(weight)
+        if batch.loss is not None:
+            self.losses.append(batch.loss.to(dtype))
+        many = self.curvature.outputs(output) > EXACT_OUTPUTS
+        fisher = ("sampled" if many else "exact") if self.fisher == "auto" else self.fisher
+        rows: Rows | None = None
+        if self.factors_due:
+            rows = _send_back(batch, self._vectors(fisher, batch, output), weight)
+            mask = self.curvature.mask(output, target) if hasattr(self.curvature, "mask") else None
+            self._accumulate(rows, mask)
+            if self.keeps_rows:
+                self.factor_rows.append(rows)
+        if self.model_due:
+            if rows is None or fisher != "sampled":
+                vectors = self.curvature.sampled(output, target, 1, self.generator(output.device))
+                rows = _send_back(batch, list(vectors), weight)
+            self.model_rows.append(_quarter(rows) if many else rows)
+
+    def _vectors(self, fisher: str, batch: Batch, output: Tensor) -> list[Tensor]:
+        if fisher == "exact":
+            return list(self.curvature.exact(output, batch.target))
+        if fisher == "sampled":
+            return list(self.curvature.sampled(output, batch.target, self.samples, self.generator(output.device)))
+        if batch.target is not None:
+            return list(self.curvature.empirical(output, batch.target))
+        # Only c dl/df, the gradient at the output, is known; a vector is sqrt(c) dl/df.
+        assert batch.gradient is not None
+        return [batch.gradient.to(output.dtype) * math.sqrt(self.curvature.terms(output) if self.mean else 1)]
+
+    def _accumulate(self, rows: Rows, mask: Tensor | None) -> None:
+        for block, (a, g) in rows.layers.items():
+            fits = mask is not None and mask.numel() == a.shape[1] * a.shape[2]
+            new_a, count = factors.input_moment(a, mask.reshape(-1) if mask is not None and fits else None)
+            new = (new_a, count, rows.weight * factors.gradient_moment(g))
+            old = self.sums.get(block)
+            self.sums[block] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]
+
+
+def _send_back(batch: Batch, vectors: list[Tensor], weight: Tensor) -> Rows:
+    """Send vectors back and bring every layer to rows with the same examples in dimension N."""
+    inputs: dict[LinearBlock, list[Tensor]] = {}
+    gradients: dict[LinearBlock, list[Tensor]] = {}
+    sent = [batch.send_back(vector) for vector in vectors]
+    for call, arrived in zip(batch.calls, zip(*sent, strict=True), strict=True):
+        if any(g is None for g in arrived):
+            continue  # a dead branch: the output does not depend on this call
+        g = torch.stack([call.block.gradients(g) for g in arrived], dim=1)
+        inputs.setdefault(call.block, []).append(call.block.inputs(call.input))
+        gradients.setdefault(call.block, []).append(g)
+    layers = {}
+    examples = math.gcd(*[a.shape[1] for calls in inputs.values() for a in calls])
+    for block, calls in inputs.items():
+        # Further calls of a layer, and positions that were flattened into the batch, are positions T.
+        k = block.groups
+        a = torch.cat([x.reshape(k, examples, -1, x.shape[-1]) for x in calls], dim=2)
+        g = torch.cat([x.reshape(k, x.shape[1], examples, -1, x.shape[-1]) for x in gradients[block]], dim=3)
+        layers[block] = (a, g)
+    return Rows(layers, weight)
+
+
+def _quarter(rows: Rows) -> Rows:
+    """A quarter of the examples, at least MODEL_ROWS, scaled to stand for all."""
+    layers = {}
+    for block, (a, g) in rows.layers.items():
+        examples = a.shape[1]
+        kept = min(examples, max(examples // 4, MODEL_ROWS))
+        layers[block] = (a[:, :kept], g[:, :, :kept] * math.sqrt(examples / kept)) if kept < examples else (a, g)
+    return Rows(layers, rows.weight)

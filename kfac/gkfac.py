@@ -1,0 +1,118 @@
+"""Two-level K-FAC: K-FAC's layer-wise solve and a coarse solve that sees all layers (arXiv 2011.00573)."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from . import coarse, factors
+from .collect import Rows
+from .kfac import KFAC
+from .layers import LinearBlock
+from .optimizer import Options
+from .options import check_options
+
+
+class GKFAC(KFAC):
+    """Two-level K-FAC: x = K^-1 g and a correction by the coarse solve Q = R0^T E^-1 R0.
+
+    Args:
+        model, loss, solver, **options: see `KFAC` and `KroneckerOptimizer`.
+        coarse_space: "krylov": in every layer the blocks of x and of K^-1 (F + damping I) x, so a step size of each
+            layer and a second Krylov vector come from exact cross-layer curvature. "constant": one vector of ones
+            for each layer, the space of arXiv 2011.00573.
+        combination: "deflated": x + Q (g - (F + damping I) x), the coarse solve on what is left of the residual.
+            "additive": x + Q g, as in arXiv 2011.00573.
+        coarse_fisher: "exact": inner products of each example. "kronecker": sums of cross-layer factors as in arXiv
+            2011.00573, for the constant space.
+
+    `stats` has `coarse_gain`, the decrease of the quadratic model by the coarse step, and `coarse_residual`, what
+    the coarse system leaves, relative. F is that of the last statistics step.
+    """
+
+    keeps_rows = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: nn.Module,
+        coarse_space: str = "krylov",
+        combination: str = "deflated",
+        coarse_fisher: str = "exact",
+        **options: Unpack[Options],
+    ):
+        check_options({"coarse_space": coarse_space, "combination": combination, "coarse_fisher": coarse_fisher})
+        if coarse_fisher == "kronecker" and coarse_space != "constant":
+            raise ValueError(f"coarse_fisher='kronecker' with coarse_space={coarse_space!r}; allowed: 'constant'")
+        self.coarse_space, self.combination, self.coarse_fisher = coarse_space, combination, coarse_fisher
+        self._kept: list[Rows] = []
+        self._sums: dict[str, Tensor] = {}
+        super().__init__(model, loss=loss, **options)
+
+    def _after_statistics(self, rows: list[Rows]) -> None:
+        self._kept = rows
+        if self.coarse_fisher == "kronecker":
+            parts = [coarse.kronecker_sums([part.layers.get(b) for b in self.blocks]) for part in rows]
+            new_a = torch.stack([a for a, _ in parts]).mean(0)
+            new_g = torch.stack([g for _, g in parts]).sum(0)
+            if not self._sums:
+                count = torch.zeros((), device=new_a.device, dtype=new_a.dtype)
+                self._sums = {"a": torch.zeros_like(new_a), "g": torch.zeros_like(new_g), "count": count}
+            self._sums["count"] += 1
+            factors.update_average(self._sums["a"], new_a, self._sums["count"], self.stat_decay)
+            factors.update_average(self._sums["g"], new_g, self._sums["count"], self.stat_decay)
+
+    def _directions(self, blocks: list[LinearBlock], gradients: list[Tensor]) -> list[Tensor]:
+        x = super()._directions(blocks, gradients)
+        parts = [[part.layers.get(block) for block in blocks] for part in self._kept]
+        parts = [layers for layers in parts if any(layer is not None for layer in layers)]
+        if not parts or self._damping is None:
+            return x
+        curved = [self._damping * v for v in x]
+        for layers in parts:
+            curved = [c + f for c, f in zip(curved, coarse.curvature_times(layers, x), strict=True)]
+        residual = [g - c for g, c in zip(gradients, curved, strict=True)]
+        if self.coarse_space == "krylov":
+            second = super()._directions(blocks, curved)
+            spaces = [torch.stack(pair) for pair in zip(x, second, strict=True)]
+        else:
+            spaces = [torch.full_like(v, v.numel() ** -0.5)[None] for v in x]
+        system = self._damping * coarse.block_gram(spaces) + self._coarse_fisher(blocks, parts, spaces)
+        right_side = coarse.restrict(spaces, residual if self.combination == "deflated" else gradients)
+        y, gain, left = coarse.solve(system, right_side)
+        if self.combination == "additive":
+            gain = coarse.restrict(spaces, residual) @ y - 0.5 * y @ system @ y
+        self.stats |= {"coarse_gain": gain, "coarse_residual": left}
+        return [v + correction for v, correction in zip(x, coarse.prolong(spaces, y), strict=True)]
+
+    def _coarse_fisher(self, blocks: list[LinearBlock], parts: list, spaces: list[Tensor]) -> Tensor:
+        if self.coarse_fisher == "kronecker":
+            order = torch.tensor([self.blocks.index(block) for block in blocks], device=spaces[0].device)
+            sums = self._sums["a"] * self._sums["g"]
+            root = torch.stack([space.flatten()[0] for space in spaces])
+            return sums[order][:, order] * root[:, None] * root
+        if self.coarse_space == "constant":
+            sizes = [space[0].numel() for space in spaces]
+            matrices = [coarse.constant_products(layers, sizes) for layers in parts]
+        else:
+            matrices = [coarse.products(layers, spaces) for layers in parts]
+        return torch.stack([s.T @ s for s in matrices]).sum(0)
+
+    def _save_method(self) -> dict:
+        kept = [{block.name: list(rows) for block, rows in part.layers.items()} for part in self._kept]
+        return {"kept": kept, "sums": dict(self._sums)}
+
+    def _load_method(self, saved: dict) -> None:
+        by_name = {block.name: block for block in self.blocks}
+        device = self.blocks[0].weight.device
+        self._kept = [
+            Rows(
+                {by_name[name]: (a.to(device), g.to(device)) for name, (a, g) in part.items()},
+                torch.ones((), device=device),
+            )
+            for part in saved["kept"]
+        ]
+        self._sums = {name: value.to(device, copy=True) for name, value in saved["sums"].items()}

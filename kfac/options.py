@@ -1,0 +1,64 @@
+"""The allowed range of every constructor argument, and one clear line for a value outside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FISHERS = ("auto", "exact", "sampled", "empirical")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Range = tuple[Callable[[Any], bool], str]
+
+_INTERVAL: _Range = (
+    lambda v: v is None or callable(v) or (_whole(v) and v >= 1),
+    "None, a whole number >= 1 or a callable",
+)
+_RANGES: dict[str, _Range] = {
+    "lr": (lambda v: v is None or (_number(v) and v >= 0), "None (self-tuning) or a number >= 0"),
+    "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    "damping": (lambda v: v is None or callable(v) or (_number(v) and v > 0), "None, a number > 0 or a callable"),
+    "relative_damping": (lambda v: _number(v) and v > 0, "a number > 0"),
+    "weight_decay": (lambda v: _number(v) and v >= 0, "a number >= 0"),
+    "decoupled_weight_decay": (lambda v: isinstance(v, bool), "True or False"),
+    "kl_clip": (lambda v: v is None or (_number(v) and v > 0), "None or a number > 0"),
+    "max_decrease": (lambda v: _number(v) and 0 < v <= 1, "a number in (0, 1]"),
+    "warmup": (lambda v: _whole(v) and v >= 0, "a whole number >= 0"),
+    "max_growth": (lambda v: _number(v) and v > 1, "a number > 1"),
+    "fisher": (lambda v: v in FISHERS, "one of " + ", ".join(FISHERS)),
+    "fisher_samples": (lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
+    "stat_decay": (lambda v: v is None or (_number(v) and 0 <= v < 1), "None or a number in [0, 1)"),
+    "factor_interval": _INTERVAL,
+    "inverse_interval": _INTERVAL,
+    "scale_interval": _INTERVAL,
+    "preconditioning_dtype": (lambda v: v is None or isinstance(v, torch.dtype), "None or a torch.dtype"),
+    "generator": (lambda v: v is None or isinstance(v, torch.Generator), "None or a torch.Generator"),
+    "solver": (lambda v: v in ("cholesky", "eigh"), "one of cholesky, eigh"),
+    "coarse_space": (lambda v: v in ("krylov", "constant"), "one of krylov, constant"),
+    "combination": (lambda v: v in ("deflated", "additive"), "one of deflated, additive"),
+    "coarse_fisher": (lambda v: v in ("exact", "kronecker"), "one of exact, kronecker"),
+}  # fmt: skip
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for the first argument that is out of range, naming it, its value and what is allowed."""
+    for name, value in options.items():
+        allowed, text = _RANGES[name]
+        if not allowed(value):
+            raise ValueError(f"{name}={value!r}; allowed: {text}")
+
+
+def value_at(value: Any, step: int) -> Any:
+    """A number, or a callable of the step, at a step."""
+    return value(step) if callable(value) else value

@@ -1,0 +1,89 @@
+"""What an optimizer keeps for one layer, and what it shows of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .layers import LinearBlock
+
+_TENSORS = ("A", "G", "count", "damping_a", "damping_g", "pi", "jitter")
+
+
+@dataclass
+class BlockState:
+    """The running averages of one layer and the solver's tensors; K is the number of groups of a convolution.
+
+    A: [K, d_in, d_in], G: [K, d_out, d_out]; `count` statistics steps went into them. `damping_a`, `damping_g` and
+    `pi` are [K]. `jitter` counts the failures in a row of the inverse. `age` is the number of steps since the solver
+    was renewed.
+    """
+
+    A: Tensor
+    G: Tensor
+    count: Tensor
+    damping_a: Tensor
+    damping_g: Tensor
+    pi: Tensor
+    jitter: Tensor
+    solver: dict[str, Tensor] = field(default_factory=dict)
+    seen: bool = False
+    age: int = 0
+
+    @classmethod
+    def of(cls, block: LinearBlock) -> BlockState:
+        k, d_out, d_in = block.shape
+        like = block.weight
+        return cls(
+            A=like.new_zeros(k, d_in, d_in),
+            G=like.new_zeros(k, d_out, d_out),
+            count=like.new_zeros(()),
+            damping_a=like.new_zeros(k),
+            damping_g=like.new_zeros(k),
+            pi=like.new_ones(k),
+            jitter=like.new_zeros(()),
+        )
+
+    def save(self) -> dict[str, Tensor | bool | int]:
+        """Plain tensors and numbers; the solver's tensors under "solver.<name>"."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return tensors | {f"solver.{k}": v for k, v in self.solver.items()} | {"seen": self.seen, "age": self.age}
+
+    def load(self, saved: dict[str, Tensor | bool | int], device: torch.device) -> None:
+        """Take over what `save` gave, as copies on `device`."""
+        self.solver = {}
+        for name, value in saved.items():
+            if isinstance(value, Tensor):
+                value = value.to(device, copy=True)
+            if name.startswith("solver."):
+                self.solver[name.removeprefix("solver.")] = value  # type: ignore[assignment]
+            else:
+                setattr(self, name, value)
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.save().values() if isinstance(t, Tensor))
+
+
+@dataclass
+class LayerCurvature:
+    """The curvature of one layer, as `KroneckerOptimizer.curvature` shows it.
+
+    A [d_in, d_in] and G [d_out, d_out] are the running averages (with a leading dimension where a convolution has
+    groups); `damping_a` and `damping_g` are what the inverses in use were damped with, `age` the steps since those
+    were made.
+    """
+
+    A: Tensor
+    G: Tensor
+    pi: Tensor
+    damping_a: Tensor
+    damping_g: Tensor
+    age: int
+
+    @classmethod
+    def of(cls, state: BlockState) -> LayerCurvature:
+        shown = (state.A, state.G, state.pi, state.damping_a, state.damping_g)
+        a, g, pi, damping_a, damping_g = (x[0] if x.shape[0] == 1 else x for x in shown)
+        return cls(a, g, pi, damping_a, damping_g, state.age)
