@@ -1,7 +1,8 @@
 """Rules for single values of the configuration, and the one-line errors that refuse what breaks them.
 
 A rule says in words what it allows and decides whether a value is allowed; `check` turns a broken rule into a
-ConfigError that names field, value and what is allowed. No torch here: a refusal must not wait for its import.
+ConfigError that names field, value and what is allowed. No torch here: a refusal must not wait for its
+import.
 """
 
 import difflib
@@ -133,7 +134,7 @@ def show(value: Any) -> str:
 
 def nearest(name: Any, valid: Iterable[str]) -> str:
     """`; nearest: …` for a misspelt name, or nothing."""
-    close = difflib.get_close_matches(str(name), list(valid), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), list(valid), n=3, cutoff=0.6)
     return f"; nearest: {', '.join(close)}" if close else ""
 
 
@@ -141,7 +142,7 @@ def unknown(field: str, name: Any, valid: Iterable[str], kind: str = "name") -> 
     """The error for a name that does not exist; `field` is where it stands."""
     valid = sorted(valid)
     return ConfigError(
-        f"{field}: unknown {kind} {show(name)}; valid: {', '.join(valid) or 'none'}{nearest(name, valid)}"
+        f"{field}: unknown {kind} {show(name)}{nearest(name, valid)}; valid: {', '.join(valid) or 'none'}"
     )
 
 
@@ -160,9 +161,7 @@ def check_mapping(field: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def check_fields(
-    field: str, value: Any, rules: Mapping[str, Any], optional: Iterable[str] = ()
-) -> dict[str, Any]:
+def check_fields(field: str, value: Any, rules: Mapping[str, Any], optional: Iterable[str] = ()) -> dict[str, Any]:
     """The mapping `value` when it has the fields of `rules`, all but the `optional` ones, and no others.
 
     A rule that is itself a mapping of rules stands for a nested mapping. `field` is "" at the top.

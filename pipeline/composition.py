@@ -13,9 +13,7 @@ def compose(output: Path, overrides: list[str] | None = None) -> None:
     """Write the composition under Hydra overrides, such as `optimizer=ekfac`, to the file `output`."""
     from dvc.utils.hydra import compose_and_dump
 
-    compose_and_dump(
-        output, str(ROOT / "pipeline" / "conf"), None, "config", str(ROOT / "pipeline"), overrides or []
-    )
+    compose_and_dump(output, str(ROOT / "pipeline" / "conf"), None, "config", str(ROOT / "pipeline"), overrides or [])
 
 
 if __name__ == "__main__":

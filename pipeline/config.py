@@ -1,7 +1,7 @@
 """The typed view of params.yaml that every stage starts from: `load` it, `resolve` one pair, `run_stage`.
 
-Nothing here imports torch or mlflow before the whole file has been validated. Any value of an optimizer may be a
-mapping by benchmark; `resolve` picks the entry of the chosen one.
+Nothing here imports torch or mlflow before the whole file has been validated. Any value of an optimizer may
+be a mapping by benchmark; `resolve` picks the entry of the chosen one.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checks import ConfigError, nearest, unknown
-from pipeline.validation import maps_benchmarks, validate
+from pipeline.validation import by_benchmark, validate
 
 if TYPE_CHECKING:
     import torch
@@ -109,13 +109,13 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
     ):
         if name not in chosen:
             raise ConfigError(
-                f"{kind}: {name!r} is not among the chosen; chosen: {', '.join(chosen)}{nearest(name, chosen)}"
+                f"{kind}: {name!r} is not among the chosen{nearest(name, chosen)}; chosen: {', '.join(chosen)}"
             )
     task = params.benchmarks[benchmark]
-    chosen = params.optimizers[optimizer]
-    options = {k: by_benchmark(v, benchmark) for k, v in chosen.items() if k not in ("_target_", "training")}
-    training = {k: by_benchmark(v, benchmark) for k, v in chosen.get("training", {}).items()}
-    training = TRAINING_DEFAULTS | training
+    fields = params.optimizers[optimizer]
+    options = {k: by_benchmark(v, benchmark) for k, v in fields.items() if k not in ("_target_", "training")}
+    given = {k: by_benchmark(v, benchmark) for k, v in fields.get("training", {}).items()}
+    training = TRAINING_DEFAULTS | given
     return RunConfig(
         benchmark=benchmark,
         optimizer=optimizer,
@@ -129,7 +129,7 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
         averaging=training["averaging"],
         warmup=training["warmup"],
         schedule=training["schedule"],
-        target_class=chosen["_target_"],
+        target_class=fields["_target_"],
         options=options,
         seeds=params.seeds,
         device=params.device,
@@ -137,13 +137,6 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
         diagnostics=params.diagnostics,
         data=params.planted[benchmark] if benchmark in params.planted else params.images[benchmark],
     )
-
-
-def by_benchmark(value: Any, benchmark: str) -> Any:
-    """The chosen benchmark's entry of a mapping by benchmark; any other value as it is."""
-    if not maps_benchmarks(value):
-        return value
-    return value[benchmark] if benchmark in value else value["default"]
 
 
 def optimizer_class(run: RunConfig) -> "type[torch.optim.Optimizer]":
@@ -168,16 +161,15 @@ def optimizer_class(run: RunConfig) -> "type[torch.optim.Optimizer]":
 
 
 def run_stage(stage: Callable[..., None], *arguments: str) -> None:
-    """Call `stage` with the command line's words, one for each name in `arguments`, and end the process on failure.
+    """Call `stage` with the command line's words, one for each name in `arguments`, and end the process on
+    failure.
 
     A ConfigError, or a file that may not be read or written, is one line on stderr and exit status 2.
     """
     words = sys.argv[1:]
     try:
         if len(words) != len(arguments):
-            usage = " ".join(
-                ["python -m", f"pipeline.{Path(sys.argv[0]).stem}", *(f"<{a}>" for a in arguments)]
-            )
+            usage = " ".join(["python -m", f"pipeline.{Path(sys.argv[0]).stem}", *(f"<{a}>" for a in arguments)])
             raise ConfigError(f"expected {len(arguments)} arguments, got {len(words)}; usage: {usage}")
         stage(*words)
     except ConfigError as error:

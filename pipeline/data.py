@@ -1,7 +1,8 @@
 """Data sets on disk and on the device: one tensor file and one manifest for each benchmark.
 
-`write` is what the stages `prepare` and `toy` end with: the same tensors always make the same bytes, and a file is
-there whole or not at all. `load` is what training starts with: it compares the file with the manifest's checksum.
+`write` is what the stages `prepare` and `toy` end with: the same tensors always make the same bytes, and a
+file is there whole or not at all. `load` is what training starts with: it compares the file with the
+manifest's checksum.
 """
 
 import hashlib
@@ -33,8 +34,8 @@ class Split:
 class Data:
     """A benchmark's examples on one device.
 
-    `population` are noiseless examples on which a model's loss minus `teacher_loss` is the excess over the best
-    possible loss (planted targets only). `outputs` is the number of output numbers of a fitting network.
+    `population` are noiseless examples on which a model's loss minus `teacher_loss` is the excess over the
+    best possible loss (planted targets only). `outputs` is the number of output numbers of a fitting network.
     """
 
     train: Split
@@ -95,9 +96,7 @@ def load(benchmark: str, folder: str | Path = "data", device: str | torch.device
             f"{place / 'tensors.pt'}: is truncated or altered, its checksum is not the manifest's; {remedy}"
         )
     tensors = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    splits = {
-        part: Split(tensors[f"{part}.inputs"], tensors[f"{part}.targets"]) for part in manifest["examples"]
-    }
+    splits = {part: Split(tensors[f"{part}.inputs"], tensors[f"{part}.targets"]) for part in manifest["examples"]}
     return Data(
         train=splits["train"],
         validation=splits["validation"],

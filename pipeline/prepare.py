@@ -1,7 +1,7 @@
 """Stage `prepare`: an image data set, split into training, validation and test examples.
 
-Test examples are set aside first, so they stay the same when the validation fraction changes; both are drawn with
-every class in its share.
+Test examples are set aside first, so they stay the same when the validation fraction changes; both are drawn
+with every class in its share.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ def prepare(benchmark: str) -> None:
 def make(source: dict[str, Any], folder: str) -> None:
     """Write the data set that `source` (the fields of `images.<benchmark>`) describes into `folder`.
 
-    Images are [N, 1, 8, 8] with values in [0, 1], targets [N] classes; an autoencoder's inputs and targets are both
-    the [N, 64] pixels.
+    Images are [N, 1, 8, 8] with values in [0, 1], targets [N] classes; an autoencoder's inputs and targets
+    are both the [N, 64] pixels.
     """
     import torch
     from sklearn.datasets import load_digits

@@ -1,9 +1,9 @@
 """Constructor arguments of a class named by a dotted path, read from its source without importing it.
 
-Importing torch takes seconds, and a misspelt hyper-parameter should be refused at once. So the package's folder is
-looked up, its files are parsed, re-exports are followed, and the names, defaults and bases are taken from the syntax
-tree. What cannot be decided this way (compiled modules, names made at run time) is left open, and the training stage
-decides with the real class.
+Importing torch takes seconds, and a misspelt hyper-parameter should be refused at once. So the package's
+folder is looked up, its files are parsed, re-exports are followed, and the names, defaults and bases are
+taken from the syntax tree. What cannot be decided this way (compiled modules, names made at run time) is left
+open, and the training stage decides with the real class.
 """
 
 import ast
@@ -17,7 +17,7 @@ from pipeline.checks import ConfigError, nearest
 
 REQUIRED = object()
 UNREADABLE = object()
-CONNECTED = {"self", "params", "model", "loss"}  # what the training loop passes itself
+CONNECTED = {"self", "params", "model", "loss", "generator"}  # what the training loop passes itself
 
 
 @dataclass
@@ -76,9 +76,7 @@ def _find(root: Path, top: str, parts: list[str], name: str) -> tuple[tuple[str,
         seen.add((module, name))
         loaded = _module(root, module)
         if loaded is None:
-            if root.joinpath(*module[1:]).is_dir() or list(
-                root.joinpath(*module[1:-1]).glob(module[-1] + ".*so")
-            ):
+            if root.joinpath(*module[1:]).is_dir() or list(root.joinpath(*module[1:-1]).glob(module[-1] + ".*so")):
                 return None  # a namespace package or a compiled module
             raise ConfigError(f"{asked!r} cannot be imported: no module {'.'.join(module)!r}")
         tree, package = loaded
@@ -126,9 +124,7 @@ def _origin(module: tuple[str, ...], package: bool, node: ast.ImportFrom) -> tup
 def _arguments(root: Path, module: tuple[str, ...], node: ast.ClassDef) -> Signature:
     """Arguments of the class's constructor; with ** or without a constructor of its own, its base's as well."""
     result = Signature()
-    constructor = next(
-        (n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None
-    )
+    constructor = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if constructor is not None:
         a = constructor.args
         positional = [*a.posonlyargs, *a.args]

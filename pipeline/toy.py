@@ -1,7 +1,7 @@
 """Stage `toy`: Gaussian inputs with targets planted by a teacher network, whose own loss is therefore known.
 
-A student's excess loss is its loss on a large fixed noiseless draw, the population, minus the teacher's there: zero
-for a student that has become the teacher, whatever the noise in the training targets.
+A student's excess loss is its loss on a large fixed noiseless draw, the population, minus the teacher's
+there: zero for a student that has become the teacher, whatever the noise in the training targets.
 """
 
 import math
@@ -78,8 +78,8 @@ def draw(examples: int, spread: "Tensor", stream: "Generator") -> "Tensor":
 class Teacher:
     """A random network without biases, [N, inputs] -> [N, outputs], through `depth` layers of `width` units.
 
-    Weights are Gaussian with variance one over the fan-in; the last ones are then scaled, column by column, so that
-    every output has standard deviation `scale` on the inputs `sample`.
+    Weights are Gaussian with variance one over the fan-in; the last ones are then scaled, column by column,
+    so that every output has standard deviation `scale` on the inputs `sample`.
     """
 
     def __init__(

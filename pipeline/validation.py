@@ -56,9 +56,7 @@ class Device:
 class BatchSize:
     """A number of examples, or exponential growth `from` one number `to` another within `over_epochs`."""
 
-    allowed: str = (
-        "an integer >= 1, or {from: an integer >= 1, to: an integer >= 1, over_epochs: a number > 0}"
-    )
+    allowed: str = "an integer >= 1, or {from: an integer >= 1, to: an integer >= 1, over_epochs: a number > 0}"
 
     def accepts(self, value: Any) -> bool:
         if not isinstance(value, dict):
@@ -134,7 +132,7 @@ ARGUMENTS: dict[str, Rule] = {
     "relative_damping": POSITIVE,
     "kl_clip": POSITIVE,
     "max_decrease": Number(0, 1, open_low=True),
-    "max_growth": Number(1),
+    "max_growth": Number(1, open_low=True),
     "warmup": NATURAL,
     "fisher": Choice(("auto", "exact", "sampled", "empirical")),
     "fisher_samples": COUNT,
@@ -143,11 +141,12 @@ ARGUMENTS: dict[str, Rule] = {
     "inverse_interval": COUNT,
     "scale_interval": COUNT,
     "solver": Choice(("cholesky", "eigh")),
+    "preconditioning_dtype": Choice(("bfloat16", "float16", "float32", "float64")),
     "coarse_space": Choice(("krylov", "constant")),
     "combination": Choice(("deflated", "additive")),
     "coarse_fisher": Choice(("exact", "kronecker")),
 }
-NULL_MEANS_OFF = {"kl_clip", "max_decrease", "max_growth"}
+NULL_MEANS_OFF = {"kl_clip"}
 
 
 def validate(values: Any) -> dict[str, Any]:
@@ -190,13 +189,22 @@ def maps_benchmarks(value: Any) -> bool:
     return isinstance(value, Mapping) and value.keys() != SCHEDULE_KEYS
 
 
+def by_benchmark(value: Any, benchmark: str) -> Any:
+    """The chosen benchmark's entry of a mapping by benchmark; any other value as it is."""
+    if not maps_benchmarks(value):
+        return value
+    return value[benchmark] if benchmark in value else value["default"]
+
+
 def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
     field = f"benchmark.{name}"
     if name not in available("benchmark"):
         raise unknown(field, name, available("benchmark"), "benchmark")
     fields = check_mapping(field, fields)
     if "model" not in fields:  # what a study's value leaves behind when another benchmark is chosen
-        raise ConfigError(f"{field}.model: is missing; is {name} among the chosen benchmarks?")
+        raise ConfigError(
+            f"{field}.model: is missing; other values of {name} are set, but is it among the chosen benchmarks?"
+        )
     model = check_mapping(f"{field}.model", fields["model"])
     known = Choice(tuple(models.FIELDS))
     check(f"{field}.model.name", model.get("name"), known)
@@ -208,9 +216,7 @@ def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
         )
     groups = [group for group in ("images", "planted") if name in values[group]]
     if len(groups) != 1:
-        raise ConfigError(
-            f"{field}: has its data in {' and '.join(groups) or 'neither'}; expected images or planted"
-        )
+        raise ConfigError(f"{field}: has its data in {' and '.join(groups) or 'neither'}; expected images or planted")
     data = _check_data(f"{groups[0]}.{name}", values[groups[0]][name])
     if data["task"] not in TASKS_OF_LOSS[fields["loss"]]:
         fitting = [loss for loss in LOSSES if data["task"] in TASKS_OF_LOSS[loss]]
@@ -257,6 +263,19 @@ def _check_optimizer(field: str, fields: Any, chosen: list[str]) -> None:
     for name, default in known.arguments.items():
         if default is REQUIRED and name not in fields:
             raise ConfigError(f"{field}.{name}: is missing; the constructor has no default for it")
+    for benchmark in chosen:
+        _check_agreement(field, {name: by_benchmark(value, benchmark) for name, value in fields.items()})
+
+
+def _check_agreement(field: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that are allowed one by one but not together, mappings by benchmark resolved."""
+    if options.get("nesterov") and options.get("momentum") == 0:
+        raise ConfigError(f"{field}.momentum: 0 is not allowed with nesterov; expected a number > 0 and < 1")
+    if options.get("coarse_fisher") == "kronecker" and options.get("coarse_space", "constant") != "constant":
+        space = options["coarse_space"]
+        raise ConfigError(
+            f"{field}.coarse_space: {space!r} is not allowed with coarse_fisher 'kronecker'; expected constant"
+        )
 
 
 def _check_value(field: str, value: Any, rule: Rule, chosen: Iterable[str]) -> None:

@@ -1,6 +1,8 @@
-"""The networks of the benchmarks, each described by plain fields so that a bad one is refused before torch is imported.
+"""The networks of the benchmarks, each described by plain fields so that a bad one is refused before torch is
+imported.
 
-`FIELDS` has the fields and the rule of each; `build` makes the network, with weights that depend on the seed alone.
+`FIELDS` has the fields and the rule of each; `build` makes the network, with weights that depend on the seed
+alone.
 """
 
 import importlib
@@ -30,8 +32,8 @@ FIELDS: dict[str, dict[str, Rule]] = {
 def build(model: dict[str, Any], input_shape: tuple[int, ...], outputs: int, seed: int) -> "nn.Module":
     """The network `model` (its `name` and the fields of FIELDS) on the CPU, with weights drawn from `seed`.
 
-    `input_shape` is that of one example, `outputs` the number of output numbers of one example. The global random
-    stream is left as it was.
+    `input_shape` is that of one example, `outputs` the number of output numbers of one example. The global
+    random stream is left as it was.
     """
     from pipeline.models.initial import initialised
 

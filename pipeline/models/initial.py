@@ -21,7 +21,8 @@ def private_stream(seed: int) -> Iterator[None]:
 
 
 def initialised(make: Callable[[], nn.Module], init: str, gain: float, seed: int) -> nn.Module:
-    """The module from `make`, weights of its Linear and Conv2d layers drawn by the scheme `init`, biases zero.
+    """The module from `make`, weights of its Linear and Conv2d layers drawn by the scheme `init`, biases
+    zero.
 
     `default` keeps what torch's constructors draw.
     """
