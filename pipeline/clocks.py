@@ -1,0 +1,148 @@
+"""What a training run costs: seconds by phase and peak memory, both with evaluation left out.
+
+The one idea: a phase counts its own time only. Phases nest (an optimizer gathers statistics inside the user's
+backward), and what an inner phase takes is taken from the outer one, so the phases add up to the training time. On a
+GPU phases are bracketed by events on the stream and nothing waits for the device until the total is read.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+
+PHASES = ("forward_backward", "statistics", "inverses", "update")
+_MIB = 2.0**20
+
+
+class Stopwatch:
+    """Seconds by phase; ``with stopwatch(name):`` runs one, and an optimizer may be given it as its ``phase``.
+
+    ``seconds()`` waits for a GPU, so it belongs where the loop waits anyway.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self._totals = dict.fromkeys(PHASES, 0.0)
+        self._open: list[list[float]] = []  # for each open phase, the seconds its inner phases took
+        self._open_events: list[int] = []
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, int]] = []
+        self._spare: list[torch.cuda.Event] = []
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        return self._on_stream(name) if self._cuda else self._on_host(name)
+
+    @contextmanager
+    def _on_host(self, name: str) -> Iterator[None]:
+        inner = [0.0]
+        self._open.append(inner)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self._open.pop()
+            self._totals[name] = self._totals.get(name, 0.0) + elapsed - inner[0]
+            if self._open:
+                self._open[-1][0] += elapsed
+
+    @contextmanager
+    def _on_stream(self, name: str) -> Iterator[None]:
+        start, end = self._event(), self._event()
+        number = len(self._events)
+        outer = self._open_events[-1] if self._open_events else -1
+        self._events.append((name, start, end, outer))
+        self._open_events.append(number)
+        start.record()
+        try:
+            yield
+        finally:
+            end.record()
+            self._open_events.pop()
+
+    def _event(self) -> torch.cuda.Event:
+        return self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase so far; the training time is their sum."""
+        if self._events and not self._open_events:
+            torch.cuda.synchronize(self._device)
+            names = [name for name, _, _, _ in self._events]
+            for name, start, end, outer in self._events:
+                elapsed = start.elapsed_time(end) / 1000.0
+                self._totals[name] = self._totals.get(name, 0.0) + elapsed
+                if outer >= 0:
+                    self._totals[names[outer]] -= elapsed
+                self._spare += (start, end)
+            self._events.clear()
+        return dict(self._totals)
+
+
+class PeakMemory:
+    """Peak memory of training in MiB: allocated on a GPU; on a CPU the growth of the process's resident memory.
+
+    Only the stretches between ``resume`` and ``pause`` count. On Linux the kernel's high-water mark is put back at
+    every ``resume``; elsewhere the mark of the whole process is the best there is.
+
+    ``baseline``: bytes resident before the first model was built (:func:`resident_bytes`), shared by all seeds of a
+    process, since an allocator keeps what an earlier seed used.
+    """
+
+    def __init__(self, device: torch.device, baseline: int = 0) -> None:
+        self._device = device
+        self._baseline = baseline
+        self._peak = 0
+
+    def resume(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            _reset_high_water_mark()
+
+    def pause(self) -> None:
+        if self._device.type == "cuda":
+            now = torch.cuda.max_memory_allocated(self._device)
+        else:
+            now = _high_water_mark() - self._baseline
+        self._peak = max(self._peak, now)
+
+    @property
+    def mib(self) -> float:
+        return self._peak / _MIB
+
+
+def resident_bytes() -> int:
+    """Bytes of this process resident in memory now (where the kernel does not tell: at the most so far)."""
+    return _status("VmRSS") or _high_water_mark()
+
+
+def _high_water_mark() -> int:
+    from_kernel = _status("VmHWM")
+    if from_kernel:
+        return from_kernel
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _reset_high_water_mark() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed: the mark then covers evaluation too
+        pass
+
+
+def _status(field: str) -> int:
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith(field):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,119 @@
+"""Losses and scores of a network on whole splits, in evaluation mode, without a trace in the training.
+
+The one idea: evaluation calls a criterion of its own and no gradient is recorded, so an optimizer that watches the
+training criterion sees none of it; dropout is off, so no random number is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LOSSES: dict[str, type[nn.Module]] = {
+    "squared_error": nn.MSELoss,
+    "binary_cross_entropy": nn.BCEWithLogitsLoss,
+    "cross_entropy": nn.CrossEntropyLoss,
+}
+TRAIN_EXAMPLES = (
+    10_000  # the training loss is that of the whole split up to this size, else of a fixed subset
+)
+_CHUNK = 1024
+
+
+class Evaluation:
+    """Loss and score of a network on the splits of ``data``.
+
+    Score: accuracy for classes and for binary targets (at probability one half); else R², 1 - SSE / SST, of the
+    predictions (of their sigmoid for binary cross-entropy with targets between 0 and 1), where SST is taken around
+    each output's mean over the split.
+    """
+
+    def __init__(self, loss: str, data: Any) -> None:
+        self._loss = loss
+        self._criterion = LOSSES[loss]()
+        self._data = data
+        self._train = (data.train.inputs, data.train.targets)
+        examples = len(data.train.inputs)
+        if examples > TRAIN_EXAMPLES:
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(examples, generator=generator)[:TRAIN_EXAMPLES].sort().values
+            chosen = chosen.to(data.train.inputs.device)
+            self._train = (data.train.inputs[chosen], data.train.targets[chosen])
+        targets = data.train.targets
+        self._binary = loss == "binary_cross_entropy" and bool(((targets == 0) | (targets == 1)).all())
+
+    def __call__(self, network: nn.Module) -> dict[str, float | None]:
+        """``train_loss``, ``train_score``, ``validation_loss``, ``validation_score``, ``excess_loss`` (None without
+        planted targets: else the population loss minus the teacher's)."""
+        data = self._data
+        with _evaluating(network):
+            train_loss, train_score = self._measure(network, *self._train)
+            validation = self._measure(network, data.validation.inputs, data.validation.targets)
+            excess = None
+            if data.population is not None and data.teacher_loss is not None:
+                population, _ = self._measure(
+                    network, data.population.inputs, data.population.targets, score=False
+                )
+                excess = population - data.teacher_loss
+        return {
+            "train_loss": train_loss,
+            "train_score": train_score,
+            "validation_loss": validation[0],
+            "validation_score": validation[1],
+            "excess_loss": excess,
+        }
+
+    def test(self, network: nn.Module) -> dict[str, float | None]:
+        """``test_loss`` and ``test_score``; to be called once, when training is over."""
+        with _evaluating(network):
+            loss, score = self._measure(network, self._data.test.inputs, self._data.test.targets)
+        return {"test_loss": loss, "test_score": score}
+
+    def _measure(
+        self, network: nn.Module, inputs: Tensor, targets: Tensor, *, score: bool = True
+    ) -> tuple[float, float | None]:
+        """Mean loss and score, summed in float64 and read once."""
+        sums = torch.zeros(2, dtype=torch.float64, device=inputs.device)
+        for x, y in zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True):
+            outputs = network(x)
+            sums[0] += self._criterion(outputs, y).double() * len(x)
+            if score:
+                sums[1] += self._points(outputs, y)
+        loss, points = sums.tolist()
+        if not score:
+            return loss / len(inputs), None
+        if self._classifies:
+            return loss / len(inputs), points / (
+                len(inputs) if self._loss == "cross_entropy" else targets.numel()
+            )
+        spread = float((targets.double() - targets.double().mean(dim=0)).square().sum())
+        return loss / len(inputs), 1.0 - points / spread if spread > 0 else None
+
+    @property
+    def _classifies(self) -> bool:
+        return self._loss == "cross_entropy" or self._binary
+
+    def _points(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Right answers where the task is to classify, the sum of squared errors elsewhere."""
+        if self._loss == "cross_entropy":
+            return (outputs.argmax(dim=1) == targets).sum()
+        if self._binary:
+            return ((outputs > 0) == (targets > 0.5)).sum()
+        if self._loss == "binary_cross_entropy":
+            outputs = outputs.sigmoid()
+        return (outputs - targets).double().square().sum()
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(training)

@@ -1,0 +1,391 @@
+"""The training loop: ``loss.backward(); optimizer.step()``, the same for every optimizer, with everything measured.
+
+The one idea is fairness. At a given seed every optimizer starts from the same weights and sees the same examples in
+the same order: the order is a function of the seed and the epoch alone, and a batch is the next so many examples of
+it, whatever its size. Batch size, averaging and schedule are the loop's, open to all alike. The training clock runs
+for gradient and step only, and a rehearsal on copies keeps what only a process's first step costs off it.
+
+A run ends in one of three ways. ``finished``: the budget is spent. ``diverged``: the loss is not finite, or above
+``DIVERGED_FACTOR`` times the initial one at ``DIVERGED_EVALUATIONS`` evaluations in a row, and the run stops: a
+result like any other. ``failed``: something raised although loss and weights were finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import math
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from pipeline.clocks import PeakMemory, Stopwatch
+from pipeline.config import ConfigError, RunConfig, optimizer_class
+from pipeline.evaluation import LOSSES, Evaluation
+from pipeline.probe import Probe
+from pipeline.records import Row
+
+DIVERGED_FACTOR = 10.0
+DIVERGED_EVALUATIONS = 5
+_REHEARSAL_STEPS = 2
+
+
+class Tracker(Protocol):
+    """Where a run is shown while it trains."""
+
+    def log(self, row: Row, curvature_rows: list[Row]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """All that the loop itself remembers between steps."""
+
+    step: int = 0
+    examples: int = 0
+    lr: float = 0.0
+    history: list[Row] = field(default_factory=list)
+    curvature: list[Row] = field(default_factory=list)
+    target_step: int | None = None
+    target_seconds: float | None = None
+    far_evaluations: int = 0  # evaluations in a row with a loss far above the initial one
+    evaluation_seconds: float = 0.0
+    diagnostics_seconds: float = 0.0
+    status: str = "finished"
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: rows and summary as in :mod:`pipeline.records`."""
+
+    history: list[Row]
+    curvature: list[Row]
+    summary: dict[str, Any]
+    failure: str | None = None  # the traceback of a failed run
+    interrupted: bool = False
+
+
+class Training:
+    """One run, one seed: network, optimizer, schedule, order of examples and clocks in one place.
+
+    ``model`` has its initial weights and lives on the data's device, as ``data`` (``pipeline.data.Data``) does.
+    Raises ``ConfigError`` for an optimizer that cannot be built, before anything is trained.
+    """
+
+    def __init__(self, run: RunConfig, data: Any, seed: int, model: nn.Module, *, resident: int = 0) -> None:
+        self.run, self.data, self.seed, self.model = run, data, seed, model
+        self.device = data.train.inputs.device
+        self.progress = Progress()
+        self.order = Order(len(data.train.inputs), seed)
+        check_batch_size(run, len(data.train.inputs))
+        self.evaluation = Evaluation(run.loss, data)
+        self.averaged = None if run.averaging is None else averaged_model(model, run.averaging)
+        self.probe = Probe(run, model, data)
+        cls = optimizer_class(run)
+        self._rehearse(cls)
+        self.criterion = LOSSES[run.loss]()
+        self.optimizer = build_optimizer(cls, run, model, self.criterion, seed)
+        self.scheduler = LambdaLR(self.optimizer, learning_rate_factor(run))
+        self.stopwatch = Stopwatch(self.device)
+        self.memory = PeakMemory(self.device, resident)
+        if hasattr(self.optimizer, "phase"):
+            self.optimizer.phase = self.stopwatch
+        torch.manual_seed(number(seed, "dropout"))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is judged: the averaged one where weights are averaged."""
+        return self.model if self.averaged is None else self.averaged
+
+    def _rehearse(self, cls: type[torch.optim.Optimizer]) -> None:
+        """A step or two on copies, thrown away: lazy imports, workspaces and kernels are then ready.
+
+        What raises in these steps raises again in the run, where it is recorded.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            model, criterion = copy.deepcopy(self.model), LOSSES[self.run.loss]()
+            optimizer = build_optimizer(cls, self.run, model, criterion, self.seed)
+            count = batch_size(self.run, 0, self.order.examples)
+            inputs, targets = self.data.train.inputs[:count], self.data.train.targets[:count]
+            model.train()
+            with contextlib.suppress(Exception):
+                for _ in range(_REHEARSAL_STEPS):
+                    criterion(model(inputs), targets).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    def train(self, tracker: Tracker, watch: Callable[[Progress], None] = lambda progress: None) -> Outcome:
+        """Run to the end of the budget, or to the first sign that it diverged; ``watch`` sees every evaluation."""
+        failure, interrupted = None, False
+        try:
+            self._evaluate(tracker, watch)
+            self.model.train()
+            while self.progress.step < self.run.steps and self.progress.status == "finished":
+                self._step()
+                if self.progress.step % self.run.evaluate_every == 0 or self.progress.step == self.run.steps:
+                    self._evaluate(tracker, watch)
+            tested = self.evaluation.test(self.evaluated)
+        except KeyboardInterrupt:
+            self.progress.status, self.progress.message = (
+                "failed",
+                f"interrupted after {self.progress.step} steps",
+            )
+            tested, interrupted = {}, True
+        except Exception as error:  # noqa: BLE001  whatever an optimizer raises is the run's outcome
+            tested = {}
+            where = f"after {self.progress.step} steps: {_in_one_line(error)}"
+            if self._finite():
+                self.progress.status, self.progress.message = "failed", where
+                failure = traceback.format_exc()
+            else:
+                self.progress.status = "diverged"
+                self.progress.message = f"weights not finite; {where}"
+        return Outcome(
+            self.progress.history, self.progress.curvature, self._summary(tested), failure, interrupted
+        )
+
+    def _step(self) -> None:
+        progress, model, optimizer = self.progress, self.model, self.optimizer
+        size = batch_size(self.run, progress.examples, self.order.examples)
+        chosen = self.order.next(progress.examples, size).to(self.device)
+        inputs, targets = self.data.train.inputs[chosen], self.data.train.targets[chosen]
+        if progress.step + 1 in self.probe.steps:
+            self.probe.before(model)
+        progress.lr = float(optimizer.param_groups[0]["lr"])
+        with self.stopwatch("forward_backward"):
+            optimizer.zero_grad()
+            loss = self.criterion(model(inputs), targets)
+            loss.backward()
+        with self.stopwatch("update"):
+            optimizer.step()
+            self.scheduler.step()
+            if self.averaged is not None:
+                self.averaged.update_parameters(model)
+        progress.step += 1
+        progress.examples += size
+
+    def _evaluate(self, tracker: Tracker, watch: Callable[[Progress], None]) -> None:
+        progress = self.progress
+        if progress.step:
+            self.memory.pause()
+        seconds = self.stopwatch.seconds()
+        start = time.perf_counter()
+        measured = self.evaluation(self.evaluated)
+        progress.evaluation_seconds += time.perf_counter() - start
+        row: Row = {
+            "step": progress.step,
+            "epoch": progress.examples / self.order.examples,
+            "examples": progress.examples,
+            "training_seconds": sum(seconds.values()),
+            **measured,
+            "lr": progress.lr if progress.step else float(self.optimizer.param_groups[0]["lr"]),
+            "batch_size": batch_size(self.run, progress.examples, self.order.examples),
+            **{f"{phase}_seconds": spent for phase, spent in seconds.items()},
+            "peak_memory_mib": self.memory.mib,
+            **{f"stats_{name}": float(value) for name, value in getattr(self.optimizer, "stats", {}).items()},
+        }
+        progress.history.append(row)
+        value = measured[self.run.target_metric]
+        if progress.target_step is None and value is not None and value <= self.run.target_value:
+            progress.target_step, progress.target_seconds = progress.step, sum(seconds.values())
+        self._judge(row)
+        rows: list[Row] = []
+        if progress.step in self.probe.steps and progress.status == "finished":
+            start = time.perf_counter()
+            rows = self.probe.measure(progress.step, self.model, self.optimizer)
+            progress.diagnostics_seconds += time.perf_counter() - start
+            progress.curvature += rows
+        tracker.log(row, rows)
+        watch(progress)
+        self.memory.resume()
+
+    def _judge(self, row: Row) -> None:
+        """Has the run diverged? See the head of this file."""
+        progress, loss = self.progress, float(row["train_loss"] or 0.0)
+        initial = float(progress.history[0]["train_loss"] or 0.0)
+        if not math.isfinite(loss) or not self._finite():
+            progress.status = "diverged"
+            progress.message = f"training loss {loss} or weights not finite at step {progress.step}"
+            return
+        progress.far_evaluations = progress.far_evaluations + 1 if loss > DIVERGED_FACTOR * initial else 0
+        if progress.far_evaluations >= DIVERGED_EVALUATIONS:
+            progress.status = "diverged"
+            progress.message = (
+                f"training loss {loss:.4g} at step {progress.step}, above {DIVERGED_FACTOR:g} times the initial "
+                f"{initial:.4g} at {DIVERGED_EVALUATIONS} evaluations in a row"
+            )
+
+    def _finite(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
+    def _summary(self, tested: dict[str, float | None]) -> dict[str, Any]:
+        run, progress = self.run, self.progress
+        seconds = self.stopwatch.seconds()
+        last = progress.history[-1] if progress.history else {}
+        losses = [float(v) for row in progress.history if (v := row["validation_loss"]) is not None]
+        return {
+            "benchmark": run.benchmark,
+            "optimizer": run.optimizer,
+            "seed": self.seed,
+            "status": progress.status,
+            "message": progress.message,
+            "steps": progress.step,
+            "examples": progress.examples,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "training_seconds": sum(seconds.values()),
+            **{f"{phase}_seconds": spent for phase, spent in seconds.items()},
+            "evaluation_seconds": progress.evaluation_seconds,
+            "diagnostics_seconds": progress.diagnostics_seconds,
+            "peak_memory_mib": self.memory.mib,
+            "target_metric": run.target_metric,
+            "target_value": run.target_value,
+            "target_reached": progress.target_step is not None,
+            "target_step": progress.target_step,
+            "target_seconds": progress.target_seconds,
+            **{
+                name: last.get(name)
+                for name in ("train_loss", "train_score", "validation_loss", "validation_score")
+            },
+            "test_loss": tested.get("test_loss"),
+            "test_score": tested.get("test_score"),
+            "best_validation_loss": min(filter(math.isfinite, losses), default=None),
+            "excess_loss": last.get("excess_loss"),
+            "teacher_loss": self.data.teacher_loss,
+        }
+
+
+def build_optimizer(
+    cls: type[torch.optim.Optimizer], run: RunConfig, model: nn.Module, criterion: nn.Module, seed: int
+) -> torch.optim.Optimizer:
+    """The optimizer of this run. A class that asks for ``model`` first gets the network and the criterion to watch,
+    any other the parameters; one that draws random numbers gets a generator seeded by ``seed``."""
+    field = f"optimizer.{run.optimizer}"
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{field}._target_: {run.target_class!r} needs a closure; expected a step() without"
+        )
+    accepted = inspect.signature(cls).parameters
+    options = dict(run.options)
+    if "generator" in accepted and options.get("generator") is None:
+        options["generator"] = torch.Generator(next(model.parameters()).device).manual_seed(
+            number(seed, "optimizer")
+        )
+    try:
+        if next(iter(accepted), None) == "model":
+            return cls(model, loss=criterion, **options)  # type: ignore[call-arg, arg-type]
+        return cls(model.parameters(), **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{field}: refused by {run.target_class}: {' '.join(str(error).split())}"
+        ) from error
+
+
+# ---------------------------------------------------------------- order and size of batches
+
+
+def number(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose: 32 bits, which is what torch's CPU generator makes use of."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=4).digest(), "big")
+
+
+class Order:
+    """The endless order of examples at a seed: one permutation an epoch, each made from seed and epoch alone."""
+
+    def __init__(self, examples: int, seed: int) -> None:
+        self.examples = examples
+        self._seed = seed
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def next(self, position: int, count: int) -> Tensor:
+        """Indices [count] of the examples number ``position`` and following; a batch may span two epochs."""
+        parts: list[Tensor] = []
+        while count > 0:
+            epoch, start = divmod(position, self.examples)
+            if epoch != self._epoch:
+                generator = torch.Generator().manual_seed(number(self._seed, f"order {epoch}"))
+                self._permutation = torch.randperm(self.examples, generator=generator)
+                self._epoch = epoch
+            parts.append(self._permutation[start : start + count])
+            position += len(parts[-1])
+            count -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def batch_size(run: RunConfig, seen: int, examples: int) -> int:
+    """Size of the next batch after ``seen`` examples of a split of ``examples``: constant, or growing exponentially
+    over the first ``over_epochs`` epochs."""
+    size = run.batch_size
+    if isinstance(size, int):
+        return size
+    share = min(1.0, seen / (examples * size["over_epochs"]))
+    return round(size["from"] * (size["to"] / size["from"]) ** share)
+
+
+def check_batch_size(run: RunConfig, examples: int) -> None:
+    size = run.batch_size
+    largest = size if isinstance(size, int) else max(size["from"], size["to"])
+    if largest > examples:
+        raise ConfigError(
+            f"batch_size: {largest} of {run.optimizer} on {run.benchmark} is not allowed; "
+            f"expected at most {examples}, the examples of the training split"
+        )
+
+
+# ---------------------------------------------------------------- averaging and learning rate
+
+
+def averaging_coefficient(k: int, largest: float) -> float:
+    """Share of the old average after ``k`` updates: min(1 - 10 / (k + 10), ``largest``)."""
+    return min(1.0 - 10.0 / (k + 10.0), largest)
+
+
+def averaged_model(model: nn.Module, largest: float) -> AveragedModel:
+    """A running average of parameters and buffers, so that batch-norm statistics belong to about the weights they
+    are used with; counts are copied."""
+
+    def average(old: Any, new: Any, _: Any) -> None:
+        if old[0].is_floating_point():
+            torch._foreach_lerp_(old, new, 1.0 - averaging_coefficient(int(averaged.n_averaged), largest))
+        else:
+            torch._foreach_copy_(old, new)
+
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return averaged
+
+
+def learning_rate_factor(run: RunConfig) -> Callable[[int], float]:
+    """Multiplier of every group's learning rate at a step (from 0): linear warm-up, then constant, or to zero at the
+    end of the budget along a line or a cosine."""
+    warmup, rest = run.warmup, max(1, run.steps - run.warmup)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        share = min(1.0, (step - warmup) / rest)
+        if run.schedule == "linear":
+            return 1.0 - share
+        if run.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * share))
+        return 1.0
+
+    return factor
+
+
+def _in_one_line(error: Exception) -> str:
+    """Kind and first line of an error, and the line of code that raised it."""
+    text = next(iter(str(error).splitlines()), "")
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno})"

@@ -1,0 +1,258 @@
+"""Stage ``train``: one optimizer on one benchmark, every seed. ``python -m pipeline.train <benchmark> <optimizer>``
+
+The one idea: a seed's records appear whole, at its end, in ``results/<benchmark>/<optimizer>/seed-<k>/``; whatever is
+wrong with configuration, data, permissions or tracking server is refused before the first step.
+
+Exit status: 0 when every seed finished or diverged, for a diverged run is a result. 1 when a seed failed: the other
+seeds are still trained and all records written, but DVC does not keep the outputs of such a stage, so `dvc repro`
+tries again once the cause is mended, and no comparison is made with a seed missing. 2 for a refusal.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import ConfigError, RunConfig, load, resolve, run_stage
+from pipeline.records import seed_folder, write_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.loop import Progress
+
+RESULTS = "results"
+_PACKAGES = ("torch", "numpy", "scipy", "mlflow", "dvc", "hydra-core")
+_DVC_VARIABLES = ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_STAGE")
+_PLAIN_INTERVAL = 15.0  # seconds between lines of progress where there is no terminal
+
+
+def main(benchmark: str, optimizer: str) -> None:
+    """Train all seeds of a pair as ``params.yaml`` has it."""
+    run = resolve(load(), benchmark, optimizer)  # before torch is imported: a wrong value is refused at once
+    # scipy's vectors are short, and threads of its BLAS that spin between calls take torch's cores
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    train(run)
+
+
+def train(run: RunConfig, results: str | Path = RESULTS) -> None:
+    """Train all seeds of ``run`` and write their records; see the head of this file for how it ends."""
+    from pipeline import data as datasets
+    from pipeline import models, tracking
+    from pipeline.clocks import resident_bytes
+    from pipeline.config import optimizer_class
+    from pipeline.loop import Training
+
+    optimizer_class(run)
+    folder = Path(results) / run.benchmark / run.optimizer
+    _check_writable(folder)
+    device = prepare_device(run)
+    data = datasets.load(run.benchmark, device=device)
+    environment = describe_environment(run, device)
+    resident = resident_bytes()
+    failed: list[str] = []
+    for number, seed in enumerate(run.seeds):
+        model = models.build(run.model, data.input_shape, data.outputs, seed).to(device)
+        training = Training(run, data, seed, model, resident=resident)
+        described = {**environment, "start_time": time.time()}
+        tracker = _start_tracking(tracking, run, seed, described, required=number == 0)
+        if number == 0:
+            _remove_records(folder)
+        with _progress(run, seed) as watch:
+            outcome = training.train(tracker, watch)
+        place = seed_folder(results, run.benchmark, run.optimizer, seed)
+        write_run(
+            place,
+            config={**run.as_dict(), "seed": seed},
+            environment=described,
+            history=outcome.history,
+            curvature=outcome.curvature,
+            summary=outcome.summary,
+            failure=outcome.failure,
+        )
+        tracker.finish(outcome.summary, place)
+        print(_outcome_line(outcome.summary), flush=True)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+        if outcome.summary["status"] == "failed":
+            failed.append(f"seed {seed}: {outcome.summary['message']}")
+    if failed:
+        sys.exit(
+            f"error: {run.benchmark} {run.optimizer}: {len(failed)} of {len(run.seeds)} seeds failed; {failed[0]}; "
+            f"traceback in {folder}/seed-*/failure.txt"
+        )
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+def prepare_device(run: RunConfig) -> torch.device:
+    """The device of the run; sets threads, and on a GPU the deterministic kernels."""
+    import torch
+
+    name = run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            allowed = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(count))])
+            raise ConfigError(f"device: {run.device!r} is not allowed; this machine has {allowed}")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        torch.cuda.set_device(device)
+    torch.set_num_threads(run.threads)
+    return device
+
+
+def describe_environment(run: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Where the run took place: what ``environment.json`` holds, but for the time."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "machine": platform.node(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": run.threads,
+        "git_commit": _git_commit(),
+        **{name.lower(): os.environ.get(name) for name in _DVC_VARIABLES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises OSError, which names the folder, when no records could be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot write records there: {error.strerror or error}") from None
+
+
+def _remove_records(folder: Path) -> None:
+    """Records of seeds that were trained before do not belong to this run."""
+    for old in [*folder.glob("seed-*"), *folder.glob(".seed-*.partial")]:
+        shutil.rmtree(old)
+
+
+def _start_tracking(
+    tracking: Any, run: RunConfig, seed: int, environment: dict[str, Any], *, required: bool
+) -> Any:
+    """A server that cannot be reached stops the stage at its start; later the records are what counts."""
+    try:
+        return tracking.start(run, seed, environment)
+    except ConfigError as error:
+        if required:
+            raise
+        print(f"warning: seed {seed} is not tracked: {error}", file=sys.stderr, flush=True)
+        return Untracked()
+
+
+class Untracked:
+    """The tracker of a run that only leaves files."""
+
+    def log(self, row: dict[str, Any], curvature_rows: list[dict[str, Any]]) -> None:
+        pass
+
+    def finish(self, summary: dict[str, Any], folder: Path) -> None:
+        pass
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+@contextmanager
+def _progress(run: RunConfig, seed: int) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, now and then a line elsewhere; redrawn at evaluations only, off the training clock."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    title = f"{run.benchmark} {run.optimizer} seed {seed}"
+    console = Console()
+    if not console.is_terminal:
+        last = [time.monotonic(), 0.0]
+
+        def say(progress: Progress) -> None:
+            now, share = time.monotonic(), progress.step / run.steps
+            if now - last[0] >= _PLAIN_INTERVAL and share - last[1] >= 0.1 and share < 1:
+                last[:] = [now, share]
+                print(
+                    f"{title}: step {progress.step} of {run.steps}, {_losses(progress.history[-1])}",
+                    flush=True,
+                )
+
+        yield say
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[losses]}"),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task(title, total=run.steps, losses="")
+
+        def draw(progress: Progress) -> None:
+            bar.update(task, completed=progress.step, losses=_losses(progress.history[-1]), refresh=True)
+
+        yield draw
+
+
+def _losses(row: dict[str, Any]) -> str:
+    return f"loss {row['train_loss']:.4g}, validation {row['validation_loss']:.4g}"
+
+
+def _outcome_line(summary: dict[str, Any]) -> str:
+    title = f"{summary['benchmark']} {summary['optimizer']} seed {summary['seed']}: {summary['status']}"
+    if summary["status"] != "finished":
+        return f"{title}, {summary['message']}"
+    target = f"{summary['target_metric']} {summary['target_value']:g}"
+    reached = "not reached"
+    if summary["target_reached"]:
+        reached = f"at step {summary['target_step']}, {summary['target_seconds']:.2f} s"
+    return f"{title}, {_losses(summary)}, {summary['training_seconds']:.2f} s; {target}: {reached}"
+
+
+if __name__ == "__main__":
+    run_stage(main, "benchmark", "optimizer")
