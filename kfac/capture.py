@@ -57,7 +57,6 @@ class Batch:
     loss: Tensor | None = None
     weight: Tensor | None = None
     gradient: Tensor | None = None
-    done: bool = False
 
     def send_back(self, vector: Tensor) -> list[Tensor | None]:
         """The gradients at the outputs of `calls` of a vector at the network's output."""
@@ -97,7 +96,7 @@ class Capture:
         model: the network; a `DistributedDataParallel` wrapper is looked through.
         criterion: the loss module that the training loop calls.
         blocks: the layers to watch.
-        receive: called with a `Batch` inside the user's backward, under `torch.no_grad()`.
+        receive: called with a `Batch` inside the user's backward, under `torch.no_grad()`; returns whether it was used.
     """
 
     def __init__(
@@ -105,9 +104,10 @@ class Capture:
         model: nn.Module,
         criterion: object,
         blocks: Iterable[LinearBlock],
-        receive: Callable[[Batch], None],
+        receive: Callable[[Batch], bool],
     ):
         self.active = False
+        self.criterion_called = False  # once it is, a backward that does not come from it is somebody else's
         self._receive = receive
         self._forwards: list[Forward] = []
         root = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -145,13 +145,13 @@ class Capture:
         forward = own[0] if own else self._forwards[-1]
         if forward.taken or not forward.calls:
             return
-        forward.taken = True
         batch = Batch(forward.calls, output.detach(), get_gradient_edge(output), target, loss.detach())
         weak = weakref.ref(self)
 
         def arrive(weight: Tensor) -> None:
             batch.weight = weight.detach()
-            _deliver(weak(), batch)
+            if (capture := weak()) is not None and capture._deliver(forward, batch):
+                capture.criterion_called = True
 
         loss.register_hook(arrive)
 
@@ -166,21 +166,23 @@ class Capture:
         weak, weak_forward = weakref.ref(self), weakref.ref(self._forwards[-1])
 
         def arrive(gradient: Tensor) -> None:
-            forward = weak_forward()
-            if forward is not None and not forward.taken and forward.edge is not None:
-                forward.taken = True
-                _deliver(weak(), Batch(forward.calls, value, forward.edge, gradient=gradient.detach()))
+            capture, forward = weak(), weak_forward()
+            if capture is None or capture.criterion_called or forward is None or forward.edge is None:
+                return
+            capture._deliver(forward, Batch(forward.calls, value, forward.edge, gradient=gradient.detach()))
 
         output.register_hook(arrive)
 
-
-def _deliver(capture: Capture | None, batch: Batch) -> None:
-    if capture is None or batch.done or not capture.active:
-        return
-    batch.done = True
-    with torch.no_grad():
-        capture._receive(batch)
-    batch.calls = []
+    def _deliver(self, forward: Forward, batch: Batch) -> bool:
+        """Hand over a forward pass once; False where the batch is not one of it (nothing came back to its layers)."""
+        if forward.taken or not self.active:
+            return False
+        forward.taken = True  # vectors sent back pass the hook on the network's output again
+        with torch.no_grad():
+            forward.taken = self._receive(batch)
+        if forward.taken:
+            forward.calls, batch.calls = [], []
+        return forward.taken
 
 
 def _inside_backward() -> bool:

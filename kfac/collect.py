@@ -22,7 +22,7 @@ MODEL_ROWS = 256  # examples that the quadratic model uses at least, before it t
 
 @dataclass
 class Rows:
-    """Curvature rows of one batch: a [K, N, T, d_in] and g [K, M, N, T, d_out] of each layer, and the batch's weight."""
+    """Curvature rows of one batch: a [K, N, T, d_in] and g [K, M, N, T, d_out] of each layer; its weight."""
 
     layers: dict[LinearBlock, tuple[Tensor, Tensor]]
     weight: Tensor
@@ -83,29 +83,39 @@ class Collector:
             self.generators[device] = torch.Generator(device).manual_seed(0)
         return self.generators[device]
 
-    def receive(self, batch: Batch) -> None:
+    def receive(self, batch: Batch) -> bool:
+        """Take a batch's curvature; False where its output does not depend on the layers that were called."""
         if not batch.calls:
-            return
+            return False
         dtype = batch.calls[0].block.weight.dtype
         output, target = batch.output.to(dtype), batch.target
         weight = output.new_ones(()) if batch.weight is None else batch.weight.to(dtype)
+        many = self.curvature.outputs(output) > EXACT_OUTPUTS
+        fisher = ("sampled" if many else "exact") if self.fisher == "auto" else self.fisher
+        factor_rows = model_rows = None
+        if self.factors_due:
+            factor_rows = _send_back(batch, self._vectors(fisher, batch, output), weight)
+        if self.model_due:
+            model_rows = factor_rows
+            if factor_rows is None or fisher != "sampled":
+                vectors = self.curvature.sampled(output, target, 1, self.generator(output.device))
+                model_rows = _send_back(batch, list(vectors), weight)
+        if not any(rows and rows.layers for rows in (factor_rows, model_rows)):
+            return False
+
+        if batch.loss is not None and not self.losses:
+            self.clear()  # what came before the criterion's first call was a backward of somebody else
         self.weights.append(weight)
         if batch.loss is not None:
             self.losses.append(batch.loss.to(dtype))
-        many = self.curvature.outputs(output) > EXACT_OUTPUTS
-        fisher = ("sampled" if many else "exact") if self.fisher == "auto" else self.fisher
-        rows: Rows | None = None
-        if self.factors_due:
-            rows = _send_back(batch, self._vectors(fisher, batch, output), weight)
+        if factor_rows is not None:
             mask = self.curvature.mask(output, target) if hasattr(self.curvature, "mask") else None
-            self._accumulate(rows, mask)
+            self._accumulate(factor_rows, mask)
             if self.keeps_rows:
-                self.factor_rows.append(rows)
-        if self.model_due:
-            if rows is None or fisher != "sampled":
-                vectors = self.curvature.sampled(output, target, 1, self.generator(output.device))
-                rows = _send_back(batch, list(vectors), weight)
-            self.model_rows.append(_quarter(rows) if many else rows)
+                self.factor_rows.append(factor_rows)
+        if model_rows is not None:
+            self.model_rows.append(_quarter(model_rows) if many else model_rows)
+        return True
 
     def _vectors(self, fisher: str, batch: Batch, output: Tensor) -> list[Tensor]:
         if fisher == "exact":

@@ -147,7 +147,7 @@ class CrossEntropy:
             labels = target if target.dim() else target[None]
             mask = labels != criterion.ignore_index
             labels = torch.where(mask, labels, 0)
-            q = nn.functional.one_hot(labels, classes).to(logits.dtype)
+            q = (labels[..., None] == torch.arange(classes, device=labels.device)).to(logits.dtype)
             divisor = (weight[labels] * mask).sum()
         smoothing = criterion.label_smoothing
         q = q * (1 - smoothing) + smoothing / classes
@@ -229,8 +229,9 @@ def curvature_of(criterion: Any) -> Any:
         return criterion
     for kind, curvature in _BUILT_IN:
         if isinstance(criterion, kind):
-            if criterion.reduction not in ("mean", "sum"):
-                raise ValueError(f"loss: reduction={criterion.reduction!r}; allowed: 'mean', 'sum'")
+            reduction: str = criterion.reduction  # type: ignore[attr-defined]
+            if reduction not in ("mean", "sum"):
+                raise ValueError(f"loss: reduction={reduction!r}; allowed: 'mean', 'sum'")
             return curvature(criterion)
     raise ValueError(
         f"loss: {type(criterion).__name__}; allowed: an instance of CrossEntropyLoss, BCEWithLogitsLoss or MSELoss, "

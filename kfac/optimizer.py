@@ -193,9 +193,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     def _due(self, last: int, interval: int | Callable[[int], int]) -> bool:
         return last < 0 or self._steps - last >= value_at(interval, self._steps)
 
-    def _receive(self, batch: Batch) -> None:
+    def _receive(self, batch: Batch) -> bool:
         with self.phase("statistics"):
-            self._collector.receive(batch)
+            return self._collector.receive(batch)
 
     def _check_collected(self) -> None:
         if not self._capture.active:
@@ -445,10 +445,9 @@ def _no_phase(name: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def _call(method: weakref.WeakMethod, batch: Batch) -> None:
+def _call(method: weakref.WeakMethod, batch: Batch) -> bool:
     bound = method()
-    if bound is not None:
-        bound(batch)
+    return bound is not None and bound(batch)
 
 
 def _trace(matrix: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def minimise_in_box(gradient: Tensor, curvature: Tensor, lower: Tensor, upper: T
         candidates += [torch.stack([bound[0], along_1]), torch.stack([along_0, bound[1]])]
     w = torch.stack(candidates)
     value = w @ gradient + 0.5 * ((w @ curvature) * w).sum(1)
-    return w[value.nan_to_num(torch.inf).argmin()]
+    best = value.nan_to_num(torch.inf).argmin(keepdim=True)
+    return w.index_select(0, best)[0]  # w[best] would read `best` on the host
 
 
 def bounded_scale(slope: Tensor, curvature: Tensor, largest: Tensor) -> Tensor:
