@@ -1,0 +1,431 @@
+"""Training runs in MLflow: a view of the plain records, written while they are made and again from the files.
+
+Nothing but this file knows MLflow, and MLflow is imported only when a store is opened. Names come from
+`pipeline.metrics`, live and in a rebuild. Metrics carry the time `start + training seconds`, so the UI's time axis is
+the training clock. A run is identified by a checksum of its configuration and by its seed: training the same again
+replaces the older run, another configuration stands beside it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import views
+from pipeline.checks import ConfigError
+from pipeline.metrics import (
+    configuration_hash,
+    curvature_metrics,
+    history_metrics,
+    parameters,
+    records_hash,
+    summary_metrics,
+)
+from pipeline.records import FILES, read_run
+from pipeline.store import ALLOWED, VARIABLE, place, reason, within, workspace
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+    from pipeline.config import RunConfig
+
+POINTS = 300  # a metric; the UI draws about as many
+SEND_EVERY = 2.0  # seconds between two sendings while a run goes on
+START_WITHIN = 9.0  # seconds a tracking server has to answer at the start
+BATCH = 1000  # metrics a call, MLflow's own limit
+
+
+# --------------------------------------------------------------------------------------------- the store
+
+
+class Store:
+    """An open tracking store: its `place`, a `client`, and `turn`, which keeps writers of a local store in a queue."""
+
+    def __init__(self) -> None:
+        self.place = place()
+        self.turn = self.place.turn
+        with self.turn():
+            self.place.check()
+            self.client = _client(self.place.address)
+
+    def experiment(self, benchmark: str, target_metric: str) -> str:
+        """Identifier of the benchmark's experiment, made or brought back if need be, with its prefilled view."""
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(benchmark)
+        if found is None:
+            location = None
+            if self.place.database is not None:
+                location = (self.place.database.parent / "mlartifacts" / benchmark).as_uri()
+            with contextlib.suppress(MlflowException):  # another process was faster
+                self.client.create_experiment(benchmark, artifact_location=location)
+            found = self.client.get_experiment_by_name(benchmark)
+            assert found is not None
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        view = views.comparison(target_metric)
+        if found.tags.get(views.VIEW_TAG) != view:
+            self.client.set_experiment_tag(found.experiment_id, views.VIEW_TAG, view)
+            self.client.set_experiment_tag(found.experiment_id, "mlflow.note.content", views.note(benchmark))
+        return found.experiment_id
+
+    def runs(self, experiment: str, condition: str = "", *, deleted: bool = False) -> list[Run]:
+        """All runs of an experiment that meet a condition, the oldest first."""
+        from mlflow.entities import ViewType
+
+        found: list[Run] = []
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [experiment],
+                condition,
+                run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            found.extend(page)
+            token = page.token
+            if not token:
+                return found
+
+    def label(self, experiment: str, optimizer: str) -> None:
+        """Name the groups of the charts: the optimizer, and where its runs differ in settings, those settings."""
+        runs = self.runs(experiment, f"params.optimizer = '{optimizer}'")
+        values: dict[str, set[str | None]] = {}
+        for key in {key for run in runs for key in run.data.params} - {"seed"}:
+            values[key] = {run.data.params.get(key) for run in runs}
+        differing = sorted(key for key, seen in values.items() if len(seen) > 1)
+        for run in runs:
+            words = [
+                f"{key.removeprefix('optimizer.')}={run.data.params[key]}"
+                for key in differing
+                if key in run.data.params
+            ]
+            setting = " ".join([optimizer, *words])
+            if run.data.tags.get(views.GROUP_TAG) != setting:
+                self.client.set_tag(run.info.run_id, views.GROUP_TAG, setting)
+                self.client.set_tag(run.info.run_id, "mlflow.runColor", views.colour(setting))
+
+
+def _client(address: str) -> MlflowClient:
+    """A client that answered once. A server that cannot be reached is refused; MLflow's own chatter is turned off."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def connect() -> MlflowClient:
+        client = MlflowClient(tracking_uri=address)
+        client.search_experiments(max_results=1)
+        return client
+
+    if address.startswith("sqlite:"):
+        return connect()
+    try:
+        return within(START_WITHIN, connect)
+    except Exception as error:
+        message = f"{VARIABLE}: no tracking server answers at {address!r} ({reason(error)})"
+        raise ConfigError(f"{message}; allowed: {ALLOWED}") from None
+
+
+# --------------------------------------------------------------------------------------------- one run
+
+
+class Tracker:
+    """One training run in the store. Nothing here raises: a store that is lost is one warning, and the run goes on.
+
+    `seconds` is what tracking has cost so far; the caller keeps it off the training clock.
+    """
+
+    def __init__(
+        self, store: Store, config: Mapping[str, Any], seed: int, environment: Mapping[str, Any], started: float
+    ) -> None:
+        self.seconds = 0.0
+        self.lost = False
+        self._store = store
+        self._started = started
+        self._optimizer = str(config["optimizer"])
+        self._stride = max(1, math.ceil(config["steps"] / config["evaluate_every"] / POINTS))
+        self._rows = 0
+        self._held: list[Metric] | None = None  # the latest evaluation, when it was thinned out
+        self._waiting: list[Metric] = []
+        self._sent_at = time.monotonic()
+        self._last = (0, 0.0)  # step, training seconds
+
+        from mlflow.entities import Param
+
+        flat = parameters({**config, "seed": seed})
+        tags = {
+            "status": "running",
+            "configuration": configuration_hash(config),
+            views.GROUP_TAG: self._optimizer,
+            "mlflow.runColor": views.colour(self._optimizer),
+            "mlflow.user": "",
+            "mlflow.source.name": "pipeline.train",
+            "mlflow.source.type": "LOCAL",
+        }
+        for name in ("DVC_EXP_NAME", "DVC_STAGE", "DVC_EXP_BASELINE_REV"):
+            if value := environment.get(name.lower()):
+                tags[name] = str(value)
+        if commit := environment.get("git_commit"):
+            tags["git_commit"] = tags["mlflow.source.git.commit"] = str(commit)
+        self._seed, self._configuration = seed, tags["configuration"]
+        with store.turn():
+            self._experiment = store.experiment(config["benchmark"], config["target_metric"])
+            run = store.client.create_run(
+                self._experiment,
+                start_time=int(started * 1000),
+                tags=tags,
+                run_name=f"{self._optimizer} seed {seed}",
+            )
+            self.run_id: str = run.info.run_id
+            store.client.log_batch(self.run_id, params=[Param(key, value[:6000]) for key, value in flat.items()])
+            store.label(self._experiment, self._optimizer)
+        atexit.register(self._abandon)
+
+    def log(self, row: Mapping[str, Any], curvature_rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Take the numbers of one evaluation; send them when the last sending is a while ago."""
+        if self.lost:
+            return
+        with self._safely():
+            step, seconds = int(row["step"]), float(row["training_seconds"])
+            self._last = (step, seconds)
+            points = self._points({**history_metrics(row), **curvature_metrics(curvature_rows)}, step, seconds)
+            kept = self._rows % self._stride == 0
+            self._rows += 1
+            self._held = None if kept else points
+            if kept:
+                self._waiting += points
+            if time.monotonic() - self._sent_at > SEND_EVERY:
+                self._send()
+
+    def finish(self, summary: Mapping[str, Any], folder: Path) -> None:
+        """Send the rest, the summary and the record files below `folder`; replace older runs of the same kind."""
+        if self.lost:
+            return
+        with self._safely():
+            from mlflow.entities import RunTag
+
+            client, status = self._store.client, str(summary["status"])
+            self._waiting += self._held or []
+            self._waiting += self._points(summary_metrics(summary), *self._last)
+            with self._store.turn():
+                for name in FILES:
+                    if (folder / name).exists():
+                        client.log_artifact(self.run_id, str(folder / name))
+            # Measured up to here; what follows is a few calls.
+            self._waiting += self._points({"time/tracking_seconds": self.seconds}, *self._last)
+            self._send()
+            with self._store.turn():
+                tags = {"status": status, "records": records_hash(folder)}
+                if summary.get("message"):
+                    tags["message"] = str(summary["message"])[:500]
+                client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+                elapsed = sum(
+                    float(summary.get(key) or 0)
+                    for key in ("training_seconds", "evaluation_seconds", "diagnostics_seconds")
+                )
+                client.set_terminated(
+                    self.run_id,
+                    status="FAILED" if status == "failed" else "FINISHED",
+                    end_time=int((self._started + elapsed) * 1000),
+                )
+                if status != "failed":
+                    self._replace_older()
+                self._store.label(self._experiment, self._optimizer)
+        atexit.unregister(self._abandon)
+
+    def _abandon(self) -> None:
+        """At the end of a process that was interrupted: without this the run would seem to go on for ever."""
+        with self._safely(), self._store.turn():
+            self._store.client.set_tag(self.run_id, "status", "killed")
+            self._store.client.set_terminated(self.run_id, status="KILLED")
+
+    def _replace_older(self) -> None:
+        condition = f"tags.configuration = '{self._configuration}' and params.seed = '{self._seed}'"
+        for run in self._store.runs(self._experiment, condition):
+            if run.info.run_id != self.run_id:
+                self._store.client.delete_run(run.info.run_id)
+
+    def _points(self, metrics: Mapping[str, float], step: int, seconds: float) -> list[Metric]:
+        from mlflow.entities import Metric
+
+        timestamp = int((self._started + seconds) * 1000)
+        return [Metric(name, value, timestamp, step) for name, value in metrics.items()]
+
+    def _send(self) -> None:
+        for first in range(0, len(self._waiting), BATCH):
+            with self._store.turn():
+                self._store.client.log_batch(self.run_id, metrics=self._waiting[first : first + BATCH])
+        self._waiting = []
+        self._sent_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def _safely(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self.lost = True
+            atexit.unregister(self._abandon)
+            sys.stderr.write(
+                f"warning: MLflow store {self._store.place.address} was lost ({reason(error)}); the run goes on and its"
+                " records will be complete; upload them later with `python -m pipeline.tracking rebuild`\n"
+            )
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+
+def start(run: RunConfig, seed: int, environment: Mapping[str, Any]) -> Tracker:
+    """Open the store and begin a run there. Raises ConfigError in one line when the store cannot be used."""
+    with _refusing():
+        return Tracker(Store(), run.as_dict(), seed, environment, _started(environment))
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what a store may raise before the first step into one line."""
+    try:
+        yield
+    except (ConfigError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise ConfigError(f"{place().address}: the MLflow store cannot be used: {reason(error)}") from None
+
+
+# --------------------------------------------------------------------------------------------- again from the files
+
+
+def rebuild(results: Path, *, bring_back: bool = True) -> tuple[int, int]:
+    """Bring every record below `results` into the store that is not there; (uploaded, already there).
+
+    Doing it twice changes nothing. A run that was deleted in the UI comes back only if `bring_back`.
+    """
+    folders = sorted(summary.parent for summary in results.glob("*/*/seed-*/summary.json"))
+    if not folders:
+        raise ConfigError(f"{results}: no run records ({results}/<benchmark>/<optimizer>/seed-<k>); run `dvc repro`")
+    store = Store()
+    there: dict[str, dict[str, Run]] = {}
+    uploaded = 0
+    for folder in folders:
+        run = read_run(folder)
+        benchmark, target = run.config["benchmark"], run.config["target_metric"]
+        with store.turn():
+            experiment = store.experiment(benchmark, target)
+        if experiment not in there:
+            found = store.runs(experiment, deleted=True)
+            there[experiment] = {r.data.tags["records"]: r for r in found if "records" in r.data.tags}
+        known = there[experiment].get(records_hash(folder))
+        if known is not None and (known.info.lifecycle_stage == "active" or not bring_back):
+            continue
+        if known is not None:
+            store.client.restore_run(known.info.run_id)
+            uploaded += 1
+            continue
+        seed = int(run.summary["seed"])
+        tracker = Tracker(store, run.config, seed, run.environment, _started(run.environment))
+        diagnosed: dict[int, list[Any]] = {}
+        for row in run.curvature:
+            diagnosed.setdefault(int(row["step"] or 0), []).append(row)
+        for row in run.history:
+            tracker.log(row, diagnosed.get(int(row["step"] or 0), ()))
+        tracker.finish(run.summary, folder)
+        if tracker.lost:
+            raise ConfigError(
+                f"{store.place.address}: lost after {uploaded} of {len(folders)} runs; rebuild again later"
+            )
+        uploaded += 1
+    return uploaded, len(folders) - uploaded
+
+
+def _started(environment: Mapping[str, Any]) -> float:
+    return float(environment.get("start_time") or time.time())
+
+
+# --------------------------------------------------------------------------------------------- in the browser
+
+
+def serve(results: Path, port: int) -> None:
+    """Complete the store from the records, print the links and become the MLflow server (loopback, one worker)."""
+    if place().database is None:
+        _print_links(Store(), place().address)
+        return
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise ConfigError(f"--port: {port} is in use on this machine; allowed: a free one")
+    if any(results.glob("*/*/seed-*/summary.json")):
+        rebuild(results, bring_back=False)
+    store = Store()
+    _print_links(store, f"http://127.0.0.1:{port}")
+    print("Ctrl-C ends the server", flush=True)
+    environment = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+    }
+    words = f"-m mlflow server --host 127.0.0.1 --port {port} --workers 1 --uvicorn-opts --log-level=warning".split()
+    words += ["--backend-store-uri", store.place.address]
+    os.chdir(workspace())
+    os.execve(sys.executable, [sys.executable, *words], environment)
+
+
+def _print_links(store: Store, base: str) -> None:
+    """One line an experiment of the benchmark: its name and the address of its prefilled view."""
+    found = sorted((e for e in store.client.search_experiments() if views.VIEW_TAG in e.tags), key=lambda e: e.name)
+    if not found:
+        print(f"{store.place.address}: no runs yet; `dvc repro` makes them", flush=True)
+    width = max((len(experiment.name) for experiment in found), default=0)
+    for experiment in found:
+        address = f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs{views.link_query()}"
+        print(f"{experiment.name:{width}}  {address}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`python -m pipeline.tracking rebuild [results] | views [--port N] | ui [--port N]`"""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking", description="Training runs in MLflow.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("rebuild", help="bring all run records into the store")
+    command.add_argument("results", nargs="?", default="results", type=Path)
+    for name, purpose in (("views", "print the link of each comparison"), ("ui", "serve the UI on this machine")):
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument("--port", type=int, default=5000)
+    given = parser.parse_args(arguments)
+    try:
+        with _refusing():
+            if given.command == "rebuild":
+                uploaded, there = rebuild(given.results)
+                print(f"{place().address}: {uploaded} runs uploaded, {there} were there")
+            elif given.command == "views":
+                base = f"http://127.0.0.1:{given.port}" if place().database else place().address
+                _print_links(Store(), base)
+            else:
+                serve(Path("results"), given.port)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
