@@ -18,9 +18,7 @@ LOSSES: dict[str, type[nn.Module]] = {
     "binary_cross_entropy": nn.BCEWithLogitsLoss,
     "cross_entropy": nn.CrossEntropyLoss,
 }
-TRAIN_EXAMPLES = (
-    10_000  # the training loss is that of the whole split up to this size, else of a fixed subset
-)
+TRAIN_EXAMPLES = 10_000  # the training loss is that of the whole split up to this size, else of a fixed subset
 _CHUNK = 1024
 
 
@@ -55,9 +53,7 @@ class Evaluation:
             validation = self._measure(network, data.validation.inputs, data.validation.targets)
             excess = None
             if data.population is not None and data.teacher_loss is not None:
-                population, _ = self._measure(
-                    network, data.population.inputs, data.population.targets, score=False
-                )
+                population, _ = self._measure(network, data.population.inputs, data.population.targets, score=False)
                 excess = population - data.teacher_loss
         return {
             "train_loss": train_loss,
@@ -87,9 +83,7 @@ class Evaluation:
         if not score:
             return loss / len(inputs), None
         if self._classifies:
-            return loss / len(inputs), points / (
-                len(inputs) if self._loss == "cross_entropy" else targets.numel()
-            )
+            return loss / len(inputs), points / (len(inputs) if self._loss == "cross_entropy" else targets.numel())
         spread = float((targets.double() - targets.double().mean(dim=0)).square().sum())
         return loss / len(inputs), 1.0 - points / spread if spread > 0 else None
 

@@ -142,7 +142,7 @@ class Training:
                 f"interrupted after {self.progress.step} steps",
             )
             tested, interrupted = {}, True
-        except Exception as error:  # noqa: BLE001  whatever an optimizer raises is the run's outcome
+        except Exception as error:  # whatever an optimizer raises is the run's outcome
             tested = {}
             where = f"after {self.progress.step} steps: {_in_one_line(error)}"
             if self._finite():
@@ -151,9 +151,7 @@ class Training:
             else:
                 self.progress.status = "diverged"
                 self.progress.message = f"weights not finite; {where}"
-        return Outcome(
-            self.progress.history, self.progress.curvature, self._summary(tested), failure, interrupted
-        )
+        return Outcome(self.progress.history, self.progress.curvature, self._summary(tested), failure, interrupted)
 
     def _step(self) -> None:
         progress, model, optimizer = self.progress, self.model, self.optimizer
@@ -253,10 +251,7 @@ class Training:
             "target_reached": progress.target_step is not None,
             "target_step": progress.target_step,
             "target_seconds": progress.target_seconds,
-            **{
-                name: last.get(name)
-                for name in ("train_loss", "train_score", "validation_loss", "validation_score")
-            },
+            **{name: last.get(name) for name in ("train_loss", "train_score", "validation_loss", "validation_score")},
             "test_loss": tested.get("test_loss"),
             "test_score": tested.get("test_score"),
             "best_validation_loss": min(filter(math.isfinite, losses), default=None),
@@ -273,23 +268,17 @@ def build_optimizer(
     field = f"optimizer.{run.optimizer}"
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(
-            f"{field}._target_: {run.target_class!r} needs a closure; expected a step() without"
-        )
+        raise ConfigError(f"{field}._target_: {run.target_class!r} needs a closure; expected a step() without")
     accepted = inspect.signature(cls).parameters
     options = dict(run.options)
     if "generator" in accepted and options.get("generator") is None:
-        options["generator"] = torch.Generator(next(model.parameters()).device).manual_seed(
-            number(seed, "optimizer")
-        )
+        options["generator"] = torch.Generator(next(model.parameters()).device).manual_seed(number(seed, "optimizer"))
     try:
         if next(iter(accepted), None) == "model":
             return cls(model, loss=criterion, **options)  # type: ignore[call-arg, arg-type]
         return cls(model.parameters(), **options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{field}: refused by {run.target_class}: {' '.join(str(error).split())}"
-        ) from error
+        raise ConfigError(f"{field}: refused by {run.target_class}: {' '.join(str(error).split())}") from error
 
 
 # ---------------------------------------------------------------- order and size of batches

@@ -41,16 +41,29 @@ class Price:
     eigenvalues: int
     tolerance: float  # relative, of an eigenvalue
     trace_samples: int
-    solve_iterations: int  # products for the natural gradient
+    solve_iterations: int  # products for the natural gradient, at most
+    solve_tolerance: float  # of its residual, relative
     blocks: bool
 
 
 PRICES = {
     "light": Price(
-        examples=64, eigenvalues=2, tolerance=0.03, trace_samples=8, solve_iterations=25, blocks=False
+        examples=64,
+        eigenvalues=2,
+        tolerance=0.03,
+        trace_samples=8,
+        solve_iterations=25,
+        solve_tolerance=0.02,
+        blocks=False,
     ),
     "full": Price(
-        examples=256, eigenvalues=8, tolerance=0.01, trace_samples=32, solve_iterations=100, blocks=True
+        examples=256,
+        eigenvalues=8,
+        tolerance=0.01,
+        trace_samples=32,
+        solve_iterations=100,
+        solve_tolerance=1e-3,
+        blocks=True,
     ),
 }
 
@@ -87,9 +100,7 @@ class Probe:
                 module.eval()
         count = len(data.train.inputs)
         generator = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(count, generator=generator)[: self._price.examples].to(
-            data.train.inputs.device
-        )
+        chosen = torch.randperm(count, generator=generator)[: self._price.examples].to(data.train.inputs.device)
         self._inputs, self._targets = data.train.inputs[chosen], data.train.targets[chosen]
         self._layers: dict[str, list[int]] = defaultdict(list)  # indices into the trained parameters
         for index, (name, _) in enumerate(_trained(self._twin)):
@@ -134,9 +145,7 @@ class Probe:
         ]
         return [*rows, _row(step, layer, "trace", trace)]
 
-    def _update(
-        self, step: int, model: nn.Module, operator: Any, gradient: list[Tensor], damping: float
-    ) -> list[Row]:
+    def _update(self, step: int, model: nn.Module, operator: Any, gradient: list[Tensor], damping: float) -> list[Row]:
         """How good the step was that led here; moves the copy to its end."""
         with torch.no_grad():
             start = self._loss()
@@ -145,10 +154,14 @@ class Probe:
             self.before(model)
             decrease = start - self._loss()
         natural = diagnostics.damped_natural_gradient(
-            operator, gradient, damping, tolerance=1e-3, max_iterations=self._price.solve_iterations
+            operator,
+            gradient,
+            damping,
+            tolerance=self._price.solve_tolerance,
+            max_iterations=self._price.solve_iterations,
         )
         predicted = -float(diagnostics.quadratic_model(operator, gradient, update))
-        found = {
+        found: dict[str, float | Tensor] = {
             "cosine_gradient": -diagnostics.cosine(update, gradient),
             "cosine_natural": -diagnostics.cosine(update, natural.direction),
             "natural_residual": natural.residual,
@@ -179,23 +192,27 @@ class Probe:
         over_layers: dict[str, list[float]] = defaultdict(list)
         for layer, state in optimizer.curvature().items():
             previous = self._factors.get(layer)
-            measured: dict[str, float | Tensor | None] = {}
+            measured: dict[str, float | Tensor] = {}
             for side, factor, damping in (("a", state.A, state.damping_a), ("g", state.G, state.damping_g)):
-                spectrum = diagnostics.factor_spectrum(factor, damping)  # of what is inverted
-                measured[f"largest_{side}"] = spectrum.largest - damping
-                measured[f"smallest_{side}"] = spectrum.smallest - damping
-                measured[f"condition_{side}"] = spectrum.condition
-                measured[f"damping_{side}"] = damping
+                spectrum = diagnostics.factor_spectrum(factor)
+                measured[f"largest_{side}"] = spectrum.largest
+                measured[f"smallest_{side}"] = spectrum.smallest
+                if damping.dim():  # a convolution with groups: one damping each
+                    spectrum = diagnostics.factor_spectrum(factor, damping[:, None])
+                    measured[f"condition_{side}"] = spectrum.condition
+                else:
+                    low, high = float(spectrum.smallest + damping), float(spectrum.largest + damping)
+                    measured[f"condition_{side}"] = high / low if low > 0 else math.inf
+                measured[f"damping_{side}"] = damping.mean()
                 if previous is not None:
                     old = previous[0 if side == "a" else 1]
                     measured[f"drift_{side}"] = (factor - old).norm() / old.norm()
             self._factors[layer] = (state.A.detach().clone(), state.G.detach().clone())
-            measured["pi"] = state.pi
+            measured["pi"] = state.pi.mean()
             measured["inverse_age"] = float(state.age)
             for quantity, value in measured.items():
-                if value is not None:
-                    rows.append(_row(step, layer, quantity, value))
-                    over_layers[quantity].append(float(value))
+                rows.append(_row(step, layer, quantity, value))
+                over_layers[quantity].append(float(value))
         summary: dict[str, float | Tensor] = {
             quantity: median(over_layers[quantity])
             for quantity in ("condition_a", "condition_g", "pi", "inverse_age")

@@ -96,9 +96,7 @@ def write_run(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        (partial / "config.yaml").write_text(
-            yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8"
-        )
+        (partial / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8")
         _write_json(partial / "environment.json", environment)
         extra = dict.fromkeys(name for row in history for name in row if name not in HISTORY_COLUMNS)
         _write_csv(partial / "history.csv", (*HISTORY_COLUMNS, *extra), history)
@@ -128,9 +126,7 @@ def _cell(value: Value) -> str:
 
 def _write_json(path: Path, mapping: Mapping[str, Any]) -> None:
     """Strict JSON has no word for a number that is not finite: it is written as null."""
-    path.write_text(
-        json.dumps(_plain(mapping, finite=True), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps(_plain(mapping, finite=True), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any, *, finite: bool = False) -> Any:
@@ -151,14 +147,10 @@ def read_run(folder: str | Path) -> Run:
     """The whole record of a seed; ``ConfigError`` with one line when something is missing or unreadable."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError(
-            f"{folder}: no such folder; expected the records of a training run (run `dvc repro`)"
-        )
+        raise ConfigError(f"{folder}: no such folder; expected the records of a training run (run `dvc repro`)")
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise ConfigError(
-            f"{folder}: no records of a training run: {', '.join(missing)} missing (run `dvc repro`)"
-        )
+        raise ConfigError(f"{folder}: no records of a training run: {', '.join(missing)} missing (run `dvc repro`)")
     return Run(
         folder=folder,
         config=_read_mapping(folder / "config.yaml"),
@@ -196,9 +188,7 @@ def _read_csv(path: Path, required: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(lines, start=2):
         if len(line) != len(header):
-            raise ConfigError(
-                f"{path}: line {number} has {len(line)} cells, the header {len(header)}; cut off?"
-            )
+            raise ConfigError(f"{path}: line {number} has {len(line)} cells, the header {len(header)}; cut off?")
         try:
             rows.append({name: _parse(name, text) for name, text in zip(header, line, strict=True)})
         except ValueError as error:

@@ -154,9 +154,7 @@ def _cpu_name() -> str:
 
 def _git_commit() -> str | None:
     try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
@@ -177,9 +175,7 @@ def _remove_records(folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def _start_tracking(
-    tracking: Any, run: RunConfig, seed: int, environment: dict[str, Any], *, required: bool
-) -> Any:
+def _start_tracking(tracking: Any, run: RunConfig, seed: int, environment: dict[str, Any], *, required: bool) -> Any:
     """A server that cannot be reached stops the stage at its start; later the records are what counts."""
     try:
         return tracking.start(run, seed, environment)

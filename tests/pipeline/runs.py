@@ -13,7 +13,7 @@ def a_run(**changes: Any) -> RunConfig:
     fields: dict[str, Any] = {
         "benchmark": "tiny",
         "optimizer": "sgd",
-        "model": {"name": "mlp", "depth": 2, "width": 6, "bias": True, "activation": "tanh", "init": "default", "gain": 1.0},
+        "model": {},
         "loss": "squared_error",
         "batch_size": 10,
         "steps": 20,

@@ -4,7 +4,8 @@ import copy
 import math
 import sys
 import time
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def unmeasured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Recording(torch.optim.SGD):
     """SGD that remembers the gradients it was given, for all instances."""
 
-    seen: list[list[Tensor]] = []
+    seen: ClassVar[list[list[Tensor]]] = []
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.seen.append([p.grad.clone() for g in self.param_groups for p in g["params"]])
@@ -144,11 +145,11 @@ def test_a_batch_schedule_grows_exponentially_and_then_stays() -> None:
     sizes = [row["batch_size"] for row in outcome.history]
     assert sizes == sorted(sizes) and sizes[0] == 4 and sizes[-1] == 16
     examples = [row["examples"] for row in outcome.history]
-    assert [b - a for a, b in zip(examples, examples[1:], strict=False)] == sizes[:-1]
+    assert [b - a for a, b in pairwise(examples)] == sizes[:-1]
 
 
 def test_a_batch_larger_than_the_training_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match="batch_size: 45 .* at most 44"):
+    with pytest.raises(ConfigError, match=r"batch_size: 45 .* at most 44"):
         train(a_run(batch_size=45))
 
 
@@ -193,9 +194,7 @@ def test_averaged_weights_are_the_ones_evaluated_and_the_raw_ones_are_trained() 
         ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, 0.5 + math.sqrt(0.125), 0.5 - math.sqrt(0.125)]),
     ],
 )
-def test_the_learning_rate_warms_up_and_follows_its_schedule_to_the_end(
-    schedule: str, expected: list[float]
-) -> None:
+def test_the_learning_rate_warms_up_and_follows_its_schedule_to_the_end(schedule: str, expected: list[float]) -> None:
     factor = learning_rate_factor(a_run(steps=8, warmup=4, schedule=schedule))
     assert [factor(step) for step in (0, 1, 2, 3, 4, 5, 7)] == pytest.approx(expected)
     assert factor(8) == pytest.approx(0.0 if schedule != "constant" else 1.0)
@@ -204,15 +203,11 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule_to_the_end(
 def test_the_schedule_reaches_every_group_and_the_recorded_rate_is_that_of_the_last_step() -> None:
     run = a_run(steps=10, evaluate_every=1, schedule="linear", options={"lr": 1e-2})
     training = Training(run, some_data(), 0, a_network())
-    training.optimizer.add_param_group(
-        {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.5, "initial_lr": 0.5}
-    )
+    training.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.5, "initial_lr": 0.5})
     training.scheduler.base_lrs.append(0.5)
     training.scheduler.lr_lambdas.append(training.scheduler.lr_lambdas[0])
     outcome = training.train(Listener())
-    assert [row["lr"] for row in outcome.history] == pytest.approx(
-        [1e-2, *(1e-3 * k for k in range(10, 0, -1))]
-    )
+    assert [row["lr"] for row in outcome.history] == pytest.approx([1e-2, *(1e-3 * k for k in range(10, 0, -1))])
     assert training.optimizer.param_groups[1]["lr"] == pytest.approx(0.0)
 
 
@@ -232,7 +227,7 @@ def test_excess_loss_is_the_population_loss_over_the_teachers() -> None:
     outcome = training.train(Listener())
     assert data.population is not None and data.teacher_loss is not None
     loss = nn.functional.mse_loss(training.model(data.population.inputs), data.population.targets)
-    assert outcome.summary["excess_loss"] == pytest.approx(float(loss) - data.teacher_loss)
+    assert outcome.summary["excess_loss"] == pytest.approx(loss.item() - data.teacher_loss)
     assert outcome.summary["target_step"] == 0
 
 
@@ -335,9 +330,7 @@ def test_the_rehearsal_leaves_no_trace() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(p.grad is None for p in model.parameters()) and not training.optimizer.state
-    assert not torch.equal(
-        torch.get_rng_state(), state
-    )  # the run's own stream starts now, whatever was before
+    assert not torch.equal(torch.get_rng_state(), state)  # the run's own stream starts now, whatever was before
     torch.manual_seed(6)
     again = torch.get_rng_state()
     Training(a_run(), some_data(), 0, a_network(dropout=True))
@@ -389,9 +382,7 @@ def test_training_seconds_are_the_sum_of_the_phases_and_leave_evaluation_out() -
     assert summary["statistics_seconds"] == 0
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="the kernel's high-water mark can only be put back on Linux"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark can only be put back on Linux")
 def test_peak_memory_counts_only_between_resume_and_pause() -> None:
     def peak(*, counted: bool) -> float:
         memory = PeakMemory(torch.device("cpu"), resident_bytes())
@@ -421,9 +412,7 @@ def test_scores_are_accuracy_for_classes_and_r_squared_for_numbers() -> None:
 
     data = some_data("squared_error")
     targets = data.train.targets
-    residual = (data.train.inputs[:, :3] - targets).square().sum() / (
-        targets - targets.mean(0)
-    ).square().sum()
+    residual = (data.train.inputs[:, :3] - targets).square().sum() / (targets - targets.mean(0)).square().sum()
     assert Evaluation("squared_error", data)(Echo())["train_score"] == pytest.approx(1 - float(residual))
 
     data.train.targets.sigmoid_()  # numbers between 0 and 1 that are no labels
@@ -431,9 +420,7 @@ def test_scores_are_accuracy_for_classes_and_r_squared_for_numbers() -> None:
     residual = (data.train.inputs[:, :3].sigmoid() - targets).square().sum() / (
         targets - targets.mean(0)
     ).square().sum()
-    assert Evaluation("binary_cross_entropy", data)(Echo())["train_score"] == pytest.approx(
-        1 - float(residual)
-    )
+    assert Evaluation("binary_cross_entropy", data)(Echo())["train_score"] == pytest.approx(1 - float(residual))
 
 
 def test_evaluation_leaves_mode_buffers_and_random_numbers_alone() -> None:
