@@ -45,13 +45,13 @@ def vector(tensors: Iterable[Tensor]) -> Tensor:
 
 def jacobian(output: Tensor, wrt: list[Tensor]) -> list[Tensor]:
     """d output / d wrt, one tensor [output numbers, *shape] for each tensor of `wrt`."""
-    rows = [
-        torch.autograd.grad(number, wrt, retain_graph=True, allow_unused=True) for number in output.reshape(-1).unbind()
-    ]
-    return [
-        torch.stack([torch.zeros_like(tensor) if row[i] is None else row[i] for row in rows])
-        for i, tensor in enumerate(wrt)
-    ]
+    numbers = output.reshape(-1)
+    basis = torch.eye(len(numbers), dtype=output.dtype)
+    return list(
+        torch.autograd.grad(
+            numbers, wrt, basis, retain_graph=True, is_grads_batched=True, allow_unused=True, materialize_grads=True
+        )
+    )
 
 
 def loss_hessian(problem: Problem, output: Tensor) -> Tensor:
@@ -244,6 +244,7 @@ def block_move(moves: Mapping[str, Tensor], name: str) -> Tensor:
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """||value - truth|| / ||truth||; refuses a truth of zero, against which nothing could fail."""
+    value, truth = value.detach(), truth.detach()
     size = truth.norm()
     assert size > 0 and torch.isfinite(size), "the truth is zero or not finite: this comparison would prove nothing"
     return float((value - truth).norm() / size)
