@@ -169,6 +169,8 @@ class Capture:
             capture, forward = weak(), weak_forward()
             if capture is None or capture.criterion_called or forward is None or forward.edge is None:
                 return
+            if torch._C._functorch.is_legacy_batchedtensor(gradient):
+                return  # many backwards at once (is_grads_batched): a Jacobian, not a training step
             capture._deliver(forward, Batch(forward.calls, value, forward.edge, gradient=gradient.detach()))
 
         output.register_hook(arrive)

@@ -68,8 +68,9 @@ class EKFAC(KroneckerOptimizer):
             new = torch.stack(
                 [factors.squared_gradients(a @ basis_a[:, None], g @ basis_g[:, None, None]) for a, g in own]
             ).sum(0)
-            state.solver["scale_count"] += new.isfinite().all()
-            factors.update_average(state.solver["scales"], new, state.solver["scale_count"], self.stat_decay)
+            finite = new.sum().isfinite()
+            state.solver["scale_count"] += finite
+            factors.update_average(state.solver["scales"], new, state.solver["scale_count"], self.stat_decay, finite)
         self._scales_at = self._steps
 
     def _solve(self, block: LinearBlock, state: BlockState, matrix: Tensor) -> Tensor:

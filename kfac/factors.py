@@ -59,12 +59,11 @@ def squared_gradients(a: Tensor, g: Tensor, memory: int = 2**24) -> Tensor:
     return total
 
 
-def update_average(average: Tensor, new: Tensor, count: Tensor, decay: float) -> None:
+def update_average(average: Tensor, new: Tensor, count: Tensor, decay: float, finite: Tensor) -> None:
     """average <- e average + (1 - e) new with e = min(1 - 1/count, decay), in place; count includes `new`.
 
     The first values are a plain mean, so that no zero start has to be corrected for (arXiv 1503.05671, section 5).
-    A non-finite `new` leaves the average as it was.
+    Where `finite` is False the average stays as it was.
     """
     keep = (1 - 1 / count.clamp_min(1)).clamp_max(decay)
-    blended = torch.lerp(new, average, keep.to(average.dtype))
-    average.copy_(torch.where(new.isfinite().all(), blended, average))
+    average.copy_(torch.where(finite, torch.lerp(new, average, keep.to(average.dtype)), average))

@@ -61,9 +61,10 @@ class GKFAC(KFAC):
             if not self._sums:
                 count = torch.zeros((), device=new_a.device, dtype=new_a.dtype)
                 self._sums = {"a": torch.zeros_like(new_a), "g": torch.zeros_like(new_g), "count": count}
-            self._sums["count"] += 1
-            factors.update_average(self._sums["a"], new_a, self._sums["count"], self.stat_decay)
-            factors.update_average(self._sums["g"], new_g, self._sums["count"], self.stat_decay)
+            finite = new_a.sum().isfinite() & new_g.sum().isfinite()
+            self._sums["count"] += finite
+            factors.update_average(self._sums["a"], new_a, self._sums["count"], self.stat_decay, finite)
+            factors.update_average(self._sums["g"], new_g, self._sums["count"], self.stat_decay, finite)
 
     def _directions(self, blocks: list[LinearBlock], gradients: list[Tensor]) -> list[Tensor]:
         x = super()._directions(blocks, gradients)

@@ -219,10 +219,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         for block, (outer_a, count, outer_g) in self._collector.sums.items():
             state = self._states[block]
             new_a, new_g = outer_a / count.clamp_min(1), outer_g / self._collector.norm()
-            finite = new_a.isfinite().all() & new_g.isfinite().all()
+            # A row that is not finite shows on the diagonals of its own outer product.
+            finite = (_trace(new_a).sum() + _trace(new_g).sum()).isfinite()
             state.count += finite
-            for average, new in ((state.A, new_a), (state.G, new_g)):
-                factors.update_average(average, torch.where(finite, new, torch.nan), state.count, self.stat_decay)
+            factors.update_average(state.A, new_a, state.count, self.stat_decay, finite)
+            factors.update_average(state.G, new_g, state.count, self.stat_decay, finite)
             state.seen = True
 
     def _renew(self) -> None:
@@ -457,5 +458,8 @@ def _trace(matrix: Tensor) -> Tensor:
 def _all_finite(gradients: list[Tensor], groups: list[dict[str, Any]], values: list[Tensor]) -> Tensor:
     """Whether all gradients and losses of this step are finite, on the device."""
     rest = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    checks = [x.isfinite().all() for x in (*gradients, *rest, *values)]
-    return torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool)
+    checked = [*gradients, *rest, *values]
+    if not checked:
+        return torch.ones((), dtype=torch.bool)
+    # A norm is finite only if every entry is, and one call takes them all.
+    return torch.stack(torch._foreach_norm(checked, torch.inf)).isfinite().all()
