@@ -8,6 +8,8 @@ GPU phases are bracketed by events on the stream and nothing waits for the devic
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import resource
 import sys
 import time
@@ -86,54 +88,50 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """Peak memory of training in MiB: allocated on a GPU; on a CPU the growth of the process's resident memory.
+    """Peak memory of training in MiB, over the stretches between ``resume`` and ``pause``.
 
-    Only the stretches between ``resume`` and ``pause`` count. On Linux the kernel's high-water mark is put back at
-    every ``resume``; elsewhere the mark of the whole process is the best there is.
-
-    ``baseline``: bytes resident before the first model was built (:func:`resident_bytes`), shared by all seeds of a
-    process, since an allocator keeps what an earlier seed used.
+    On a GPU what torch has allocated on it: data, network, gradients, optimizer, activations. On a CPU the growth of
+    the process's resident memory over what it was at the first ``resume``, when data, network and libraries are in
+    place: gradients, optimizer, activations. The kernel's high-water mark is put back at every ``resume``; where it
+    cannot be (elsewhere than on Linux), the mark of the whole process is the best there is.
     """
 
-    def __init__(self, device: torch.device, baseline: int = 0) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._baseline = baseline
+        self._baseline: int | None = None
         self._peak = 0
 
     def resume(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            _reset_high_water_mark()
+            return
+        with contextlib.suppress(OSError):  # not Linux, or not allowed
+            Path("/proc/self/clear_refs").write_text("5")
+        if self._baseline is None:
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):  # not glibc
+                ctypes.CDLL(None).malloc_trim(0)  # memory that is free already would hide growth
+            self._baseline = _status("VmRSS") or _high_water_mark()
 
     def pause(self) -> None:
+        """Note the peak since ``resume``; nothing where that was never called."""
         if self._device.type == "cuda":
-            now = torch.cuda.max_memory_allocated(self._device)
-        else:
-            now = _high_water_mark() - self._baseline
-        self._peak = max(self._peak, now)
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
+        elif self._baseline is not None:
+            self._peak = max(self._peak, _high_water_mark() - self._baseline)
 
     @property
     def mib(self) -> float:
         return self._peak / _MIB
 
 
-def resident_bytes() -> int:
-    """Bytes of this process resident in memory now (where the kernel does not tell: at the most so far)."""
-    return _status("VmRSS") or _high_water_mark()
-
-
 def _high_water_mark() -> int:
+    """The most bytes of this process that were resident in memory at a time."""
     from_kernel = _status("VmHWM")
     if from_kernel:
         return from_kernel
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _reset_high_water_mark() -> None:
-    with contextlib.suppress(OSError):  # not Linux, or not allowed: the mark then covers evaluation too
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(field: str) -> int:

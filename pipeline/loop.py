@@ -82,7 +82,7 @@ class Training:
     Raises ``ConfigError`` for an optimizer that cannot be built, before anything is trained.
     """
 
-    def __init__(self, run: RunConfig, data: Any, seed: int, model: nn.Module, *, resident: int = 0) -> None:
+    def __init__(self, run: RunConfig, data: Any, seed: int, model: nn.Module) -> None:
         self.run, self.data, self.seed, self.model = run, data, seed, model
         self.device = data.train.inputs.device
         self.progress = Progress()
@@ -97,7 +97,7 @@ class Training:
         self.optimizer = build_optimizer(cls, run, model, self.criterion, seed)
         self.scheduler = LambdaLR(self.optimizer, learning_rate_factor(run))
         self.stopwatch = Stopwatch(self.device)
-        self.memory = PeakMemory(self.device, resident)
+        self.memory = PeakMemory(self.device)
         if hasattr(self.optimizer, "phase"):
             self.optimizer.phase = self.stopwatch
         torch.manual_seed(number(seed, "dropout"))
@@ -175,8 +175,7 @@ class Training:
 
     def _evaluate(self, tracker: Tracker, watch: Callable[[Progress], None]) -> None:
         progress = self.progress
-        if progress.step:
-            self.memory.pause()
+        self.memory.pause()
         seconds = self.stopwatch.seconds()
         start = time.perf_counter()
         measured = self.evaluation(self.evaluated)

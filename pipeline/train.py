@@ -49,7 +49,6 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
     """Train all seeds of ``run`` and write their records; see the head of this file for how it ends."""
     from pipeline import data as datasets
     from pipeline import models, tracking
-    from pipeline.clocks import resident_bytes
     from pipeline.config import optimizer_class
     from pipeline.loop import Training
 
@@ -59,11 +58,10 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
     device = prepare_device(run)
     data = datasets.load(run.benchmark, device=device)
     environment = describe_environment(run, device)
-    resident = resident_bytes()
     failed: list[str] = []
     for number, seed in enumerate(run.seeds):
         model = models.build(run.model, data.input_shape, data.outputs, seed).to(device)
-        training = Training(run, data, seed, model, resident=resident)
+        training = Training(run, data, seed, model)
         described = {**environment, "start_time": time.time()}
         tracker = _start_tracking(tracking, run, seed, described, required=number == 0)
         if number == 0:
@@ -161,10 +159,10 @@ def _git_commit() -> str | None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises OSError, which names the folder, when no records could be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Refuse a folder in which no records could be written; nothing is made yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ConfigError(f"{folder}: cannot write records there: {error.strerror or error}") from None
 

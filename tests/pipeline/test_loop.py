@@ -12,7 +12,7 @@ import torch
 from runs import Listener, a_network, a_run, some_data
 from torch import Tensor, nn
 
-from pipeline.clocks import PeakMemory, Stopwatch, resident_bytes
+from pipeline.clocks import PeakMemory, Stopwatch
 from pipeline.config import ConfigError, RunConfig
 from pipeline.evaluation import Evaluation
 from pipeline.loop import (
@@ -28,9 +28,9 @@ from pipeline.loop import (
 from pipeline.records import HISTORY_COLUMNS, SUMMARY_KEYS, is_measured
 
 
-def train(run: RunConfig, *, seed: int = 0, model: nn.Module | None = None, **options: Any) -> Outcome:
+def train(run: RunConfig, *, seed: int = 0, model: nn.Module | None = None) -> Outcome:
     data = some_data(run.loss, planted=True)
-    return Training(run, data, seed, model or a_network(seed), **options).train(Listener())
+    return Training(run, data, seed, model or a_network(seed)).train(Listener())
 
 
 def unmeasured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -385,9 +385,10 @@ def test_training_seconds_are_the_sum_of_the_phases_and_leave_evaluation_out() -
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark can only be put back on Linux")
 def test_peak_memory_counts_only_between_resume_and_pause() -> None:
     def peak(*, counted: bool) -> float:
-        memory = PeakMemory(torch.device("cpu"), resident_bytes())
-        if counted:
-            memory.resume()
+        memory = PeakMemory(torch.device("cpu"))
+        memory.resume()
+        if not counted:
+            memory.pause()
         torch.ones(25_000_000).sum()  # 95 MiB, given back at once
         if not counted:
             memory.resume()
