@@ -26,7 +26,9 @@ def toy(benchmark: str) -> None:
 def make(source: dict[str, Any], folder: str) -> None:
     """Write the data set that `source` (the fields of `planted.<benchmark>`) describes into `folder`.
 
-    Inputs are [N, inputs], targets [N, outputs]. All is drawn and computed in float64, then rounded.
+    Inputs are [N, inputs], targets [N, outputs]. The teacher sees the inputs' white coordinates: directions of
+    little variance matter as much as others, so a student has to undo the condition number. All is drawn and
+    computed in float64, then rounded.
     """
     import torch
 
@@ -34,11 +36,11 @@ def make(source: dict[str, Any], folder: str) -> None:
 
     stream = torch.Generator().manual_seed(source["seed"])
     spread = input_map(source["inputs"], source["condition"], stream)
-    teacher = Teacher(draw(4096, spread, stream), source["outputs"], **source["teacher"], stream=stream)
+    teacher = Teacher(white(4096, source["inputs"], stream), source["outputs"], **source["teacher"], stream=stream)
     splits: dict[str, Split] = {}
     for part in ("train", "validation", "test", "population"):
-        inputs = draw(source[part], spread, stream)
-        clean = teacher(inputs)
+        coordinates = white(source[part], source["inputs"], stream)
+        clean = teacher(coordinates)
         if source["task"] == "binary":
             targets = torch.sigmoid(clean)
             if part == "population":
@@ -49,7 +51,7 @@ def make(source: dict[str, Any], folder: str) -> None:
             noise = torch.randn(clean.shape, generator=stream, dtype=clean.dtype)
             targets = clean if part == "population" else clean + source["noise"] * noise
             teacher_loss = 0.0
-        splits[part] = Split(inputs.float(), targets.float())
+        splits[part] = Split((coordinates @ spread).float(), targets.float())
     write(folder, splits, source["outputs"], source, teacher_loss)
 
 
@@ -68,11 +70,11 @@ def input_map(inputs: int, condition: float, stream: "Generator") -> "Tensor":
     return eigenvalues.sqrt()[:, None] * basis.T
 
 
-def draw(examples: int, spread: "Tensor", stream: "Generator") -> "Tensor":
-    """Gaussian inputs [examples, inputs] with covariance spreadᵀ spread."""
+def white(examples: int, inputs: int, stream: "Generator") -> "Tensor":
+    """Independent standard Gaussians [examples, inputs]."""
     import torch
 
-    return torch.randn(examples, len(spread), generator=stream, dtype=torch.float64) @ spread
+    return torch.randn(examples, inputs, generator=stream, dtype=torch.float64)
 
 
 class Teacher:

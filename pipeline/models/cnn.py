@@ -1,4 +1,4 @@
-"""Small convolutional classifier: 3x3 convolutions, halved resolution after each but the first."""
+"""Small convolutional classifier: 3x3 convolutions, each but the last followed by halving the resolution."""
 
 from torch import nn
 
@@ -17,7 +17,7 @@ def make(
             layers.append(nn.BatchNorm2d(count))
         if activation != "none":
             layers.append(ACTIVATION[activation]())
-        if k > 0 and min(height, width) > 1:
+        if k < len(channels) - 1 and min(height, width) > 1:
             layers.append(nn.MaxPool2d(2))
             height, width = height // 2, width // 2
         depth = count
