@@ -1,0 +1,419 @@
+"""The pictures of the report: matplotlib only, no numbers computed here beyond medians over seeds.
+
+The same records give the same bytes: salted ids, no dates, text drawn as paths (no fonts needed to look at them).
+Every seed is drawn; medians are drawn over them, and nothing that would suggest an interval. An optimizer has the
+colour that the MLflow UI gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from pipeline import statistics
+from pipeline.records import Run
+from pipeline.statistics import ordered
+from pipeline.views import colour
+
+Study = Mapping[str, Mapping[str, Sequence[Run]]]
+"""Benchmark -> optimizer -> the runs of its seeds."""
+
+METRICS = {
+    "train_loss": "training loss",
+    "validation_loss": "validation loss",
+    "excess_loss": "excess loss over the teacher",
+}
+PHASE_COLOURS = {
+    "forward_backward": "#C9CED6",
+    "statistics": "#8FA9C4",
+    "inverses": "#46698C",
+    "update": "#1B2E45",
+    "other": "#F0E3C0",
+}
+PHASE_NAMES = {"forward_backward": "forward and backward"}
+CURVATURE = {
+    "cosine_natural": ("cosine of the update with the\nexact natural gradient", "linear"),
+    "top_eigenvalue": ("largest eigenvalue of the\nGauss-Newton matrix", "log"),
+}
+"""Whole-model diagnostics that are drawn: quantity -> (label of the axis, its scale)."""
+
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "pipeline",
+    "svg.fonttype": "path",
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "lines.solid_capstyle": "round",
+}
+_TARGET: dict[str, Any] = {"color": "#555555", "linestyle": (0, (5, 3)), "linewidth": 1.0}
+
+
+def draw(study: Study, folder: Path, suffix: str = "svg") -> list[Path]:
+    """All figures of a study.
+
+    Arguments:
+        study: benchmark -> optimizer -> runs, in the order of presentation.
+        folder: where the files go; made if need be.
+        suffix: ``svg`` or ``png``.
+
+    Returns:
+        The files: ``summary``, ``step_cost``, one ``loss_<benchmark>`` a benchmark and, where any run measured
+        curvature, ``curvature``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with _style():
+        figures = {"summary": summary(study)}
+        figures |= {f"loss_{benchmark}": loss(benchmark, pairs) for benchmark, pairs in study.items()}
+        figures["step_cost"] = step_cost(study)
+        diagnosed = curvature(study)
+        if diagnosed is not None:
+            figures["curvature"] = diagnosed
+        metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
+        for name, figure in figures.items():
+            files.append(folder / f"{name}.{suffix}")
+            figure.savefig(files[-1], metadata=metadata, facecolor="white")
+    return files
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+# ---------------------------------------------------------------- loss against both clocks
+
+
+def loss(benchmark: str, pairs: Mapping[str, Sequence[Run]]) -> Figure:
+    """The benchmark's target metric against optimizer steps (left) and seconds of training (right).
+
+    Thin lines are seeds, thick ones medians over seeds (against seconds: median loss at the median time of the same
+    step); a dot marks where a seed reached the target.
+    """
+    first = next(iter(pairs.values()))[0].summary
+    metric, target = str(first["target_metric"]), float(first["target_value"])
+    figure = Figure(figsize=(8.4, 3.7), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, clock in zip(axes, ("step", "training_seconds"), strict=True):
+        for optimizer in ordered(pairs):
+            _curves(axis, pairs[optimizer], clock, metric, colour(optimizer))
+        axis.axhline(target, zorder=1.5, **_TARGET)
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+    axes[0].set_xlabel("optimizer steps")
+    axes[1].set_xlabel("training time [s]")
+    axes[0].set_ylabel(METRICS.get(metric, metric.replace("_", " ")))
+    axes[0].set_yscale("log")
+    _fit_losses(axes[0], pairs, metric, target)
+    _log(axes[0], "y")
+    handles = [Line2D([], [], color=colour(name), linewidth=2.2, label=name) for name in ordered(pairs)]
+    handles.append(Line2D([], [], label=f"target {target:g}", **_TARGET))
+    runs = [run for runs in pairs.values() for run in runs]
+    if any(run.summary["target_reached"] for run in runs):
+        handles.append(Line2D([], [], label="target reached", **_dot("#777777")))
+    if not all(statistics.finished(run.summary) for run in runs):
+        handles.append(Line2D([], [], label="diverged or failed", **_cross("#777777")))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(8, len(handles)), handlelength=1.8, columnspacing=1.4
+    )
+    figure.suptitle(benchmark, fontsize=11, fontweight="bold")
+    return figure
+
+
+def _curves(axis: Axes, runs: Sequence[Run], clock: str, metric: str, shade: str) -> None:
+    for run in runs:
+        points = _points(run, clock, metric)
+        axis.plot(*_columns(points), color=shade, linewidth=0.8, alpha=0.5, zorder=2)
+        if not statistics.finished(run.summary):
+            axis.plot(*_columns(points[-1:]), zorder=4, **_cross(shade))
+        at, value = run.summary["target_step"], dict(_points(run, "step", metric))
+        if run.summary["target_reached"] and at in value:
+            when = dict(_points(run, "step", clock)).get(at, 0.0)  # step 0 has no place on a log scale: the clock's 0
+            axis.plot([when], [value[at]], zorder=4, **_dot(shade))
+    middle = statistics.median_curve([dict(_points(run, "step", metric)) for run in runs])
+    if clock != "step":
+        times = dict(statistics.median_curve([dict(_points(run, "step", clock)) for run in runs]))
+        middle = [(times.get(step, 0.0), value) for step, value in middle]
+    axis.plot(*_columns(middle), color=shade, linewidth=2.0, zorder=3)
+
+
+def _points(run: Run, horizontal: str, vertical: str) -> list[tuple[float, float]]:
+    """Two columns of the history, where the second is a number that a log scale can show."""
+    rows: list[Any] = list(run.history)
+    return [(float(row[horizontal]), float(row[vertical])) for row in rows if _positive(row[vertical])]
+
+
+def _fit_losses(axis: Axes, pairs: Mapping[str, Sequence[Run]], metric: str, target: float) -> None:
+    """Keep one exploding run from flattening all others: show up to 3 times the largest initial loss."""
+    curves = [_points(run, "step", metric) for runs in pairs.values() for run in runs]
+    values = [value for curve in curves for _, value in curve]
+    starts = [value for curve in curves for step, value in curve if step == 0]
+    if values and starts:
+        highest = min(max(values), 3 * max(starts))
+        axis.set_ylim(min(*values, target) / 1.15, max(highest, target) * 1.15)
+
+
+# ---------------------------------------------------------------- steps and seconds to target
+
+
+def summary(study: Study) -> Figure:
+    """Steps and seconds to target, a dot a seed and a bar at the median; rings at the edge did not get there."""
+    names = {benchmark: ordered(pairs) for benchmark, pairs in study.items()}
+    heights = [len(order) + 0.9 for order in names.values()]
+    figure = Figure(figsize=(8.4, 0.9 + 0.29 * sum(heights)), layout="constrained")
+    grid = figure.subplots(len(study), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for (benchmark, pairs), axes in zip(study.items(), grid, strict=True):
+        for axis, clock in zip(axes, ("target_step", "target_seconds"), strict=True):
+            _dots(axis, pairs, names[benchmark], clock)
+        axes[1].set_yticklabels([])
+        axes[0].set_title(benchmark, loc="left", fontweight="bold")
+    for axis, label in zip(grid[-1], ("optimizer steps to target", "training time to target [s]"), strict=True):
+        axis.set_xlabel(label)
+    marks = [
+        Line2D([], [], label="a seed", **_dot("#777777")),
+        Line2D(
+            [],
+            [],
+            color="#777777",
+            marker="|",
+            markersize=13,
+            markeredgewidth=2.2,
+            linestyle="",
+            label="median",
+        ),
+    ]
+    missed = [run.summary for run in _runs(study) if not run.summary["target_reached"]]
+    if any(statistics.finished(outcome) for outcome in missed):
+        marks.append(Line2D([], [], label="not reached within the budget", **_ring("#777777")))
+    if not all(statistics.finished(outcome) for outcome in missed):
+        marks.append(Line2D([], [], label="diverged or failed", **_cross("#777777")))
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
+    return figure
+
+
+def _dots(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str], clock: str) -> None:
+    outcomes = {name: [statistics.to_target(run.summary, clock) for run in pairs[name]] for name in names}
+    known = [value for values in outcomes.values() for value in values if math.isfinite(value) and value > 0]
+    low, high = (min(known), max(known)) if known else (1.0, 10.0)
+    reach = max(high / low, 2.0) ** 0.06
+    missed = any(math.isinf(value) for values in outcomes.values() for value in values)
+    edge = high * reach**3 if missed else high
+    for place, name in enumerate(names):
+        values = outcomes[name]
+        for number, value in enumerate(values):
+            offset = place + 0.6 * ((number + 0.5) / len(values) - 0.5)
+            if math.isfinite(value):
+                axis.plot([max(value, low)], [offset], zorder=3, **_dot(colour(name)))
+            elif statistics.finished(pairs[name][number].summary):
+                axis.plot([edge], [offset], zorder=3, **_ring(colour(name)))
+            else:
+                axis.plot([edge], [offset], zorder=3, **_cross(colour(name)))
+        middle = statistics.spread(values)
+        if middle and math.isfinite(middle.median):
+            axis.plot(
+                [max(middle.median, low)] * 2,
+                [place - 0.46, place + 0.46],
+                color=colour(name),
+                linewidth=2.2,
+                zorder=2,
+            )
+    axis.set_xscale("log")
+    axis.set_xlim(low / reach, edge * reach)
+    _log(axis, "x", up_to=high * reach**1.5)
+    if missed:
+        axis.axvline(high * reach**1.5, color="#BBBBBB", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(False, axis="y")
+
+
+# ---------------------------------------------------------------- what a step costs
+
+
+def step_cost(study: Study) -> Figure:
+    """Milliseconds of an optimizer step by phase (median over seeds), with its multiple of SGD's where that ran."""
+    names = {benchmark: ordered(pairs) for benchmark, pairs in study.items()}
+    columns = min(2, len(study))
+    rows = math.ceil(len(study) / columns)
+    tallest = max(len(order) for order in names.values())
+    figure = Figure(figsize=(4.2 * columns, 0.7 + rows * (0.8 + 0.26 * tallest)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    used: set[str] = set()
+    for axis, (benchmark, pairs) in zip(grid.flat, study.items(), strict=False):
+        used |= _bars(axis, pairs, names[benchmark])
+        axis.set_title(benchmark, loc="left", fontweight="bold")
+        axis.set_xlabel("time per step [ms]")
+    for axis in list(grid.flat)[len(study) :]:
+        axis.set_axis_off()
+    handles = [
+        Line2D([], [], color=shade, linewidth=6, solid_capstyle="butt", label=PHASE_NAMES.get(phase, phase))
+        for phase, shade in PHASE_COLOURS.items()
+        if phase in used
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2)
+    return figure
+
+
+def _bars(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str]) -> set[str]:
+    rows = [statistics.pair([run.summary for run in pairs[name]], pairs[name][0].config["steps"]) for name in names]
+    multiples = statistics.relative_step_time(rows)
+    used = set()
+    longest = max((row["milliseconds_per_step_median"] or 0.0 for row in rows), default=0.0)
+    for place, row in enumerate(rows):
+        total = row["milliseconds_per_step_median"]
+        if total is None:
+            axis.text(0, place, " no step", va="center", color="#777777", fontsize=8)
+            continue
+        parts = {phase: row[f"milliseconds_per_step_{phase}"] or 0.0 for phase in statistics.PHASES}
+        parts["other"] = total - sum(parts.values())
+        left = 0.0
+        for phase, width in parts.items():
+            if width > 0.005 * longest:
+                axis.barh(place, width, left=left, height=0.66, color=PHASE_COLOURS[phase], linewidth=0)
+                left += width
+                used.add(phase)
+        multiple = multiples[row["optimizer"]]
+        if multiple is not None and row["optimizer"] != "sgd":
+            axis.text(
+                left + 0.015 * longest,
+                place,
+                f"\N{MULTIPLICATION SIGN} {multiple:.1f}",
+                va="center",
+                fontsize=8,
+                color="#333333",
+            )
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.45, -0.55)
+    axis.set_xlim(0, (longest or 1.0) * 1.15)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.tick_params(axis="y", length=0)
+    axis.grid(False, axis="y")
+    return used
+
+
+# ---------------------------------------------------------------- curvature
+
+
+def curvature(study: Study) -> Figure | None:
+    """Diagnostics of the whole model over steps, a row a quantity, a column a benchmark; None without any."""
+    quantities = [name for name in CURVATURE if any(_traces(run, name) for run in _runs(study))]
+    if not quantities:
+        return None
+    figure = Figure(figsize=(1.2 + 2.3 * len(study), 0.8 + 1.9 * len(quantities)), layout="constrained")
+    grid = figure.subplots(len(quantities), len(study), squeeze=False, sharex="col")
+    for axes, quantity in zip(grid, quantities, strict=True):
+        label, scale = CURVATURE[quantity]
+        axes[0].set_ylabel(label)
+        for axis, pairs in zip(axes, study.values(), strict=True):
+            for optimizer in ordered(pairs):
+                traces = [dict(_traces(run, quantity)) for run in pairs[optimizer]]
+                for trace in traces:
+                    axis.plot(*_columns(sorted(trace.items())), color=colour(optimizer), linewidth=0.7, alpha=0.4)
+                axis.plot(*_columns(statistics.median_curve(traces)), color=colour(optimizer), linewidth=1.7)
+            axis.set_xlim(left=0)
+            if scale == "log":
+                axis.set_yscale("log")
+                _log(axis, "y")
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+    for benchmark, top, bottom in zip(study, grid[0], grid[-1], strict=True):
+        top.set_title(benchmark, fontweight="bold")
+        bottom.set_xlabel("optimizer steps")
+    names = ordered({optimizer for pairs in study.values() for optimizer in pairs})
+    handles = [Line2D([], [], color=colour(name), linewidth=2.2, label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.8)
+    return figure
+
+
+def _runs(study: Study) -> Iterator[Run]:
+    for pairs in study.values():
+        for runs in pairs.values():
+            yield from runs
+
+
+def _traces(run: Run, quantity: str) -> list[tuple[float, float]]:
+    shown = _positive if CURVATURE[quantity][1] == "log" else _finite
+    rows: list[Any] = [row for row in run.curvature if row["quantity"] == quantity and row["layer"] == ""]
+    return [(float(row["step"]), float(row["value"])) for row in rows if shown(row["value"])]
+
+
+# ---------------------------------------------------------------- marks and axes
+
+
+def _dot(shade: str) -> dict[str, Any]:
+    return {"color": shade, "marker": "o", "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.7,
+            "linestyle": ""}  # fmt: skip
+
+
+def _ring(shade: str) -> dict[str, Any]:
+    return {"color": shade, "marker": "o", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.3,
+            "linestyle": ""}  # fmt: skip
+
+
+def _cross(shade: str) -> dict[str, Any]:
+    return {"color": shade, "marker": "x", "markersize": 5.5, "markeredgewidth": 1.6, "linestyle": ""}
+
+
+def _log(axis: Axes, which: str, up_to: float = math.inf) -> None:
+    """A log scale whose labels are plain numbers, also where it spans less than a decade; for limits that are final."""
+    (axis.set_yscale if which == "y" else axis.set_xscale)("log")
+    side = axis.yaxis if which == "y" else axis.xaxis
+    low, high = side.get_view_interval()
+    side.set_major_locator(FixedLocator(_ticks(low, min(high, up_to))))
+    side.set_minor_locator(LogLocator(subs=range(1, 10), numticks=50) if math.isinf(up_to) else NullLocator())
+    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    side.set_minor_formatter(NullFormatter())
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers within the limits, evenly spread on a log scale as far as round numbers are."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    stride = max(1, round(len(decades) / 6))
+    for leading in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        coarse = decades[::stride] if len(leading) == 1 else decades
+        ticks = [float(f"{digit}e{decade}") for decade in coarse for digit in leading]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            return ticks
+    return [float(f"{tick:.12g}") for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+
+
+def _columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _finite(value) and value > 0
