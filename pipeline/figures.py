@@ -37,7 +37,6 @@ PHASE_COLOURS = {
     "statistics": "#8FA9C4",
     "inverses": "#46698C",
     "update": "#1B2E45",
-    "other": "#F0E3C0",
 }
 PHASE_NAMES = {"forward_backward": "forward and backward"}
 CURVATURE = {
@@ -249,7 +248,9 @@ def _dots(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str], 
     axis.set_xscale("log")
     axis.set_xlim(low / reach, edge * reach)
     _log(axis, "x", up_to=high * reach**1.5)
-    if missed:
+    if not known:
+        axis.set_xticks([])
+    elif missed:
         axis.axvline(high * reach**1.5, color="#BBBBBB", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)
@@ -261,7 +262,7 @@ def _dots(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str], 
 
 
 def step_cost(study: Study) -> Figure:
-    """Milliseconds of an optimizer step by phase (median over seeds), with its multiple of SGD's where that ran."""
+    """Milliseconds of an optimizer step (median over seeds), split by phase, and its multiple of SGD's if that ran."""
     names = {benchmark: ordered(pairs) for benchmark, pairs in study.items()}
     columns = min(2, len(study))
     rows = math.ceil(len(study) / columns)
@@ -295,9 +296,9 @@ def _bars(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str]) 
             axis.text(0, place, " no step", va="center", color="#777777", fontsize=8)
             continue
         parts = {phase: row[f"milliseconds_per_step_{phase}"] or 0.0 for phase in statistics.PHASES}
-        parts["other"] = total - sum(parts.values())
+        stretch = total / (sum(parts.values()) or total)  # medians of phases do not add up to the median of their sum
         left = 0.0
-        for phase, width in parts.items():
+        for phase, width in ((phase, part * stretch) for phase, part in parts.items()):
             if width > 0.005 * longest:
                 axis.barh(place, width, left=left, height=0.66, color=PHASE_COLOURS[phase], linewidth=0)
                 left += width

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import synthetic_records as synthetic
 
-from pipeline import aggregate, figures
+from pipeline import aggregate, figures, statistics
 from pipeline.views import colour
 
 PAIR = ("sgd", "kfac")
@@ -72,3 +72,19 @@ def test_a_log_axis_has_a_few_labels_within_its_limits(low: float, high: float) 
     ticks = figures._ticks(low, high)
     assert 2 <= len(ticks) <= 8
     assert all(low <= tick <= high for tick in ticks)
+
+
+def test_the_phases_of_a_step_add_up_to_its_cost(tmp_path: Path) -> None:
+    records = study(tmp_path)
+    axis = figures.step_cost(records).axes[0]
+    for place, optimizer in enumerate(PAIR):
+        runs = records["digits_cnn"][optimizer]
+        cost = statistics.pair([run.summary for run in runs], 200)["milliseconds_per_step_median"]
+        bars = [bar for bar in axis.patches if abs(bar.get_y() + bar.get_height() / 2 - place) < 0.1]
+        assert sum(bar.get_width() for bar in bars) == pytest.approx(cost)
+
+
+def test_a_benchmark_whose_target_nobody_reached_is_drawn(tmp_path: Path) -> None:
+    lost = tuple(("digits_cnn", name, seed) for name in PAIR for seed in synthetic.SEEDS)
+    steps, seconds = figures.summary(study(tmp_path, diverged=lost)).axes
+    assert len(steps.lines) == len(seconds.lines) == len(lost)
