@@ -6,7 +6,7 @@ pipeline/hydra_plugins, while DVC composes the configuration.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +302,8 @@ def _rule(name: str, known: Signature) -> Rule:
     rule: Rule
     if name in ARGUMENTS:
         rule = ARGUMENTS[name]
+        if isinstance(rule, ListOf) and isinstance(default, tuple | list):
+            rule = replace(rule, length=len(default))
     elif isinstance(default, bool):
         rule = Flag()
     elif isinstance(default, int | float):
