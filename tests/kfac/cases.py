@@ -8,6 +8,7 @@ applies.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ def draw_targets(criterion: nn.Module, shape: torch.Size) -> Tensor:
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True) -> nn.Sequential:
     """Linear layers with an activation between them and none at the end."""
     layers: list[nn.Module] = []
-    for index, (width, following) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for index, (width, following) in enumerate(itertools.pairwise(widths)):
         if index:
             layers.append(activation())
         layers.append(nn.Linear(width, following, bias=bias))
@@ -194,7 +195,10 @@ def _convnet(convolution: Callable[[], nn.Conv2d]) -> Callable[[], nn.Module]:
 GENERAL = (
     [Case(f"mlp-{loss}", lambda: mlp(4, 5, 3), LOSSES[loss], (6, 4)) for loss in LOSSES]
     + [Case(f"mlp-{loss}", lambda: mlp(4, 5, 3), build, (6, 4)) for loss, build in WEIGHTED_LOSSES.items()]
-    + [Case(f"convnet-{name}", _convnet(build), LOSSES["ce-mean"], (3, 4, 5, 6)) for name, build in CONVOLUTIONS.items()]
+    + [
+        Case(f"convnet-{name}", _convnet(build), LOSSES["ce-mean"], (3, 4, 5, 6))
+        for name, build in CONVOLUTIONS.items()
+    ]
     + [
         Case("convnet-mse", _convnet(CONVOLUTIONS["stride"]), LOSSES["mse-sum"], (3, 4, 5, 6)),
         Case("convnet-bce", _convnet(CONVOLUTIONS["groups"]), LOSSES["bce-mean"], (3, 4, 5, 6)),

@@ -7,7 +7,7 @@ so nothing here can share a mistake with an implementation that draws vectors an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def vector(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def jacobian(output: Tensor, wrt: list[Tensor]) -> list[Tensor]:
+def jacobian(output: Tensor, wrt: Sequence[Tensor]) -> list[Tensor]:
     """d output / d wrt, one tensor [output numbers, *shape] for each tensor of `wrt`."""
     numbers = output.reshape(-1)
     basis = torch.eye(len(numbers), dtype=output.dtype)
@@ -60,14 +60,14 @@ def loss_hessian(problem: Problem, output: Tensor) -> Tensor:
     return hessian.reshape(output.numel(), output.numel())
 
 
-def ggn(problem: Problem, wrt: list[Tensor]) -> Tensor:
+def ggn(problem: Problem, wrt: Sequence[Tensor]) -> Tensor:
     """Exact generalised Gauss-Newton matrix of the loss as reduced, dense: [P, P]."""
     output = problem.model(problem.inputs)
     rows = torch.cat([block.flatten(1) for block in jacobian(output, wrt)], dim=1)
     return rows.T @ loss_hessian(problem, output) @ rows
 
 
-def gradient(problem: Problem, wrt: list[Tensor]) -> Tensor:
+def gradient(problem: Problem, wrt: Sequence[Tensor]) -> Tensor:
     return vector(torch.autograd.grad(problem.loss(), wrt))
 
 
@@ -105,7 +105,7 @@ def output_rows(layer: nn.Linear | nn.Conv2d, value: Tensor, lead: int = 0) -> T
 
 
 def capture(problem: Problem) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """One forward: the model's output, each layer's input, and a zero added to each layer's output (to differentiate)."""
+    """One forward: the model's output, each layer's input, and a zero added to each layer's output."""
     inputs: dict[str, Tensor] = {}
     taps: dict[str, Tensor] = {}
 

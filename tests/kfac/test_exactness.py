@@ -60,7 +60,8 @@ def test_first_step_is_the_damped_newton_step_of_each_block(case: Case, optimize
 @pytest.mark.parametrize("optimizer", [KFAC, EKFAC])
 def test_damping_is_added_exactly_at_every_size(optimizer: Any, damping: float) -> None:
     problem = BY_NAME["deep-mse-mean"].make()
-    moves = truth.first_step(optimizer, problem.copy(), damping=damping, **({"solver": "eigh"} if optimizer is KFAC else {}))
+    options: dict[str, Any] = {"solver": "eigh"} if optimizer is KFAC else {}
+    moves = truth.first_step(optimizer, problem.copy(), damping=damping, **options)
     for name, layer in truth.layers(problem.model).items():
         weights = truth.parameters(layer)
         block = truth.ggn(problem, weights)
@@ -136,7 +137,9 @@ def basis_is_unique(*factors: Tensor) -> bool:
     return all(distinct(values) for factor in factors for values in torch.linalg.eigvalsh(factor))
 
 
-@named([BY_NAME[name] for name in ("mlp-ce-mean", "mlp-bce-mean", "convnet-stride", "tokens-mixed", "pixelwise-mixing")])
+@named(
+    [BY_NAME[name] for name in ("mlp-ce-mean", "mlp-bce-mean", "convnet-stride", "tokens-mixed", "pixelwise-mixing")]
+)
 def test_ekfac_is_no_worse_than_kfac_in_the_same_basis_and_its_trace_and_diagonal_are_exact(case: Case) -> None:
     """The scales are read off the step itself: with a known gradient, step = -basis (basis^T g / (S + damping))."""
     problem = case.make()
@@ -208,10 +211,9 @@ def test_one_by_one_convolution_on_a_one_by_one_map_is_a_linear_layer(optimizer:
     problem = BY_NAME["mlp-ce-mean"].make()
     convolutions = nn.Sequential(nn.Conv2d(4, 5, 1), nn.Tanh(), nn.Conv2d(5, 3, 1), nn.Flatten()).double()
     for name, layer in truth.layers(problem.model).items():
-        target = convolutions.get_submodule(name)
         with torch.no_grad():
-            target.weight.copy_(layer.weight.reshape(target.weight.shape))
-            target.bias.copy_(layer.bias)
+            for target, weight in zip(convolutions.get_submodule(name).parameters(), layer.parameters(), strict=True):
+                target.copy_(weight.reshape(target.shape))
     other = Problem(convolutions, problem.criterion, problem.inputs[:, :, None, None], problem.targets)
     moves = truth.first_step(optimizer, problem, damping=DAMPING)
     expected = truth.first_step(optimizer, other, damping=DAMPING)
@@ -270,7 +272,9 @@ def _newton(problem: Problem) -> Tensor:
 def test_relative_damping_is_a_fraction_of_the_mean_curvature_per_parameter(solver: str) -> None:
     problem = BY_NAME["mlp-ce-mean"].make()
     factors = truth.factors(problem)
-    total = sum(float(a.diagonal(dim1=1, dim2=2).sum(1) @ g.diagonal(dim1=1, dim2=2).sum(1)) for a, g in factors.values())
+    total = sum(
+        float(a.diagonal(dim1=1, dim2=2).sum(1) @ g.diagonal(dim1=1, dim2=2).sum(1)) for a, g in factors.values()
+    )
     mean = total / sum(parameter.numel() for parameter in problem.model.parameters())
     relative = truth.start(KFAC, used := problem.copy(), damping=None, relative_damping=0.7, solver=solver)
     moves = truth.step(relative, used)

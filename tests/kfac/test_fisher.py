@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from kfac import EKFAC, GKFAC, KFAC
 
-SAMPLED = [f"mlp-{loss}" for loss in (*LOSSES, *WEIGHTED_LOSSES)] + ["convnet-stride", "tokens-mse", "pixelwise-classes"]
+SAMPLED = [f"mlp-{loss}" for loss in (*LOSSES, *WEIGHTED_LOSSES)] + [
+    "convnet-stride",
+    "tokens-mse",
+    "pixelwise-classes",
+]
 
 
 def repeated(problem: Problem, times: int) -> Problem:
@@ -69,9 +73,9 @@ def test_more_samples_a_step_scatter_less_about_the_same_mean() -> None:
     def draws(samples: int) -> Tensor:
         return torch.stack(
             [
-                gradient_factors(
-                    problem.copy(), fisher="sampled", fisher_samples=samples, generator=generator(seed)
-                )["2"]
+                gradient_factors(problem.copy(), fisher="sampled", fisher_samples=samples, generator=generator(seed))[
+                    "2"
+                ]
                 for seed in range(60)
             ]
         )
@@ -94,7 +98,9 @@ def test_sampled_step_tends_to_the_exact_step(name: str, optimizer: Any) -> None
     assert 0 < every < 0.1
 
 
-@pytest.mark.parametrize("name", ["mlp-ce-mean", "mlp-ce-sum", "mlp-bce-mean", "mlp-bce-sum", "mlp-mse-mean", "mlp-mse-sum"])
+@pytest.mark.parametrize(
+    "name", ["mlp-ce-mean", "mlp-ce-sum", "mlp-bce-mean", "mlp-bce-sum", "mlp-mse-mean", "mlp-mse-sum"]
+)
 def test_empirical_factors_follow_their_definition(name: str) -> None:
     problem = BY_NAME[name].make()
     count = len(problem.targets) if isinstance(problem.criterion, nn.CrossEntropyLoss) else problem.targets.numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,21 +103,23 @@ def test_factors_and_inverses_are_renewed_at_their_intervals_and_not_between() -
         truth.step(optimizer, problem)
         seen.append(optimizer.curvature()["0"].A.clone())
         ages.append(optimizer.curvature()["0"].age)
-    changed = [not torch.equal(new, old) for old, new in zip(seen, seen[1:], strict=False)]
+    changed = [not torch.equal(new, old) for old, new in itertools.pairwise(seen)]
     assert changed == [False, True, False, True, False, True, False]
     assert ages[4] < ages[3] and ages[0] < ages[1] < ages[2] < ages[3]
 
 
 def test_intervals_may_be_functions_of_the_step() -> None:
     problem = BY_NAME["mlp-ce-mean"].make()
-    optimizer = truth.start(KFAC, problem, damping=lambda step: 1.0 + step, lr=0.0, factor_interval=lambda step: 1 if step < 2 else 3)
+    optimizer = truth.start(
+        KFAC, problem, damping=lambda step: 1.0 + step, lr=0.0, factor_interval=lambda step: 1 if step < 2 else 3
+    )
     seen = []
     for count in range(6):
         fresh_batch(problem, seed=count)
         truth.step(optimizer, problem)
         seen.append(optimizer.curvature()["0"].A.clone())
         assert float(optimizer.stats["damping"]) == 1.0 + count
-    changed = [not torch.equal(new, old) for old, new in zip(seen, seen[1:], strict=False)]
+    changed = [not torch.equal(new, old) for old, new in itertools.pairwise(seen)]
     assert changed == [True, False, False, True, False]
 
 
@@ -142,7 +145,7 @@ def test_decoupled_weight_decay_shrinks_weights_and_stays_out_of_the_momentum(op
 @pytest.mark.parametrize("optimizer", [KFAC, EKFAC])
 def test_l2_weight_decay_is_part_of_the_objective_its_gradient_and_its_curvature(optimizer: Any) -> None:
     problem = BY_NAME["deep-mse-mean"].make()
-    options = {"solver": "eigh"} if optimizer is KFAC else {}
+    options: dict[str, Any] = {"solver": "eigh"} if optimizer is KFAC else {}
     moves = truth.first_step(
         optimizer, problem.copy(), damping=0.03, weight_decay=0.2, decoupled_weight_decay=False, **options
     )
@@ -411,7 +414,7 @@ def test_state_dict_holds_the_factors(optimizer: Any) -> None:
 class NoReading(TorchDispatchMode):
     """Refuses every operation that brings a tensor's value to the host."""
 
-    FORBIDDEN = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item"}
+    FORBIDDEN = frozenset({"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item"})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket.__name__ not in self.FORBIDDEN, f"{func} brings a tensor's value to the host"
@@ -428,7 +431,15 @@ def test_the_guard_sees_what_it_is_for(read: Callable[[Tensor], Any]) -> None:
 @pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
 def test_no_value_is_read_in_a_fixed_step(name: str, fisher: str) -> None:
     problem = BY_NAME[name].make()
-    used = KFAC(problem.model, loss=problem.criterion, lr=0.1, fisher=fisher, factor_interval=1, inverse_interval=2, weight_decay=0.1)
+    used = KFAC(
+        problem.model,
+        loss=problem.criterion,
+        lr=0.1,
+        fisher=fisher,
+        factor_interval=1,
+        inverse_interval=2,
+        weight_decay=0.1,
+    )
     for _ in range(3):
         used.zero_grad()
         with NoReading():

@@ -18,7 +18,13 @@ FISHERS = pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
 SOLVERS = pytest.mark.parametrize(
     ("optimizer", "options"),
-    [(KFAC, {"solver": "cholesky"}), (KFAC, {"solver": "eigh"}), (EKFAC, {}), (GKFAC, {}), (GKFAC, {"coarse_space": "constant"})],
+    [
+        (KFAC, {"solver": "cholesky"}),
+        (KFAC, {"solver": "eigh"}),
+        (EKFAC, {}),
+        (GKFAC, {}),
+        (GKFAC, {"coarse_space": "constant"}),
+    ],
     ids=["kfac-cholesky", "kfac-eigh", "ekfac", "gkfac", "gkfac-constant"],
 )
 

@@ -185,7 +185,7 @@ def test_kronecker_coarse_fisher_on_the_constant_space(name: str, combination: s
 
 
 def test_kronecker_and_exact_coarse_fisher_agree_on_one_example_and_differ_on_many() -> None:
-    options = {"damping": DAMPING, "coarse_space": "constant", "combination": "additive"}
+    options: dict[str, Any] = {"damping": DAMPING, "coarse_space": "constant", "combination": "additive"}
     for name, same in (("tanh-bce-mean", True), ("mlp-bce-mean", False)):
         exact = truth.vector(truth.first_step(GKFAC, BY_NAME[name].make(), coarse_fisher="exact", **options).values())
         other = truth.vector(

@@ -1,0 +1,269 @@
+"""State, bad batches and bad arguments: what is saved goes on bit for bit, what is broken is skipped or refused."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import ground_truth as truth
+import pytest
+import torch
+from cases import BY_NAME, Problem
+from test_manners import noisy_problem, weights
+from torch import nn
+
+from kfac import EKFAC, GKFAC, KFAC
+
+OPTIMIZERS = pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
+SETTINGS: dict[str, dict[str, Any]] = {
+    "self-tuning": {},
+    "self-tuning-sampled": {"fisher": "sampled", "weight_decay": 0.01},
+    "fixed": {"lr": 0.05, "damping": 0.1, "factor_interval": 1, "inverse_interval": 3},
+    "fixed-relative-sampled": {"lr": 0.05, "fisher": "sampled", "factor_interval": 3, "inverse_interval": 4},
+}
+EVERY = pytest.mark.parametrize("setting", list(SETTINGS))
+
+
+def through_a_file(state: Any) -> Any:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=True)
+
+
+@OPTIMIZERS
+@EVERY
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_saved_and_loaded_training_goes_on_bit_for_bit(optimizer: Any, setting: str, steps: int) -> None:
+    def make() -> tuple[Problem, Any]:
+        problem = noisy_problem()
+        for module in problem.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return problem, optimizer(problem.model, loss=problem.criterion, **SETTINGS[setting])
+
+    straight, used = make()
+    for count in range(2 * steps):
+        if count == steps:
+            saved_model = through_a_file(straight.model.state_dict())
+            saved = through_a_file(used.state_dict())
+        truth.step(used, straight)
+    resumed, other = make()
+    resumed.model.load_state_dict(saved_model)
+    other.load_state_dict(saved)
+    for _ in range(steps):
+        truth.step(other, resumed)
+    assert torch.equal(weights(straight), weights(resumed))
+    for name, layer in used.curvature().items():
+        assert torch.equal(other.curvature()[name].A, layer.A) and torch.equal(other.curvature()[name].G, layer.G)
+        assert other.curvature()[name].age == layer.age
+    assert used.stats.keys() == other.stats.keys()
+    assert all(torch.equal(value, other.stats[key]) for key, value in used.stats.items())
+
+
+@OPTIMIZERS
+def test_a_saved_state_does_not_change_when_training_goes_on(optimizer: Any) -> None:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    used = optimizer(problem.model, loss=problem.criterion)
+    for _ in range(3):
+        truth.step(used, problem)
+    other = problem.copy()
+    second = optimizer(other.model, loss=other.criterion)
+    second.load_state_dict(used.state_dict())  # straight from memory, as torch allows
+    third = problem.copy()
+    for _ in range(3):
+        truth.step(used, problem)
+    reference = weights(problem)
+    for _ in range(3):
+        truth.step(second, other)
+    assert torch.equal(weights(other), reference)
+    assert not torch.equal(weights(third), reference)
+
+
+@OPTIMIZERS
+def test_state_of_another_model_is_refused_in_one_line(optimizer: Any) -> None:
+    problem, other = BY_NAME["mlp-ce-mean"].make(), BY_NAME["convnet-plain"].make()
+    saved = optimizer(problem.model, loss=problem.criterion).state_dict()
+    with pytest.raises(ValueError) as caught:
+        optimizer(other.model, loss=other.criterion).load_state_dict(saved)
+    assert "\n" not in str(caught.value)
+
+
+# Bad batches
+
+
+@OPTIMIZERS
+@EVERY
+@pytest.mark.parametrize("where", ["inputs", "one input", "one target", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("good_steps", [0, 3])
+def test_a_batch_that_is_not_finite_is_a_skipped_step(
+    optimizer: Any, setting: str, where: str, value: float, good_steps: int
+) -> None:
+    problem = BY_NAME["mlp-bce-mean"].make()
+    used = optimizer(problem.model, loss=problem.criterion, **SETTINGS[setting])
+    for _ in range(good_steps):
+        truth.step(used, problem)
+    twin = BY_NAME["mlp-bce-mean"].make()
+    unbroken = optimizer(twin.model, loss=twin.criterion, **SETTINGS[setting])
+    for _ in range(good_steps + 1):
+        truth.step(unbroken, twin)
+    before = weights(problem)
+    factors = {name: (layer.A.clone(), layer.G.clone()) for name, layer in used.curvature().items()}
+    good, keep, targets = problem.inputs.clone(), problem.inputs.clone(), problem.targets
+    if where == "inputs":
+        problem.inputs = torch.full_like(good, value)
+    elif where == "one input":
+        problem.inputs = keep
+        problem.inputs[2, 1] = value
+    elif where == "one target":  # the curvature of this loss does not see it
+        problem.targets = targets.clone()
+        problem.targets[2, 1] = value
+    used.zero_grad()
+    problem.loss().backward()
+    if where == "gradient":
+        parameter = problem.model.get_parameter("0.weight")
+        assert parameter.grad is not None
+        parameter.grad[0, 0] = value
+    used.step()
+    assert torch.equal(weights(problem), before)
+    assert float(used.stats["skipped"]) == 1
+    for name, (a, g) in factors.items():
+        assert torch.equal(used.curvature()[name].A, a) and torch.equal(used.curvature()[name].G, g)
+        assert not torch.equal(unbroken.curvature()[name].G, g), "no statistics were due: the test shows nothing"
+    problem.inputs, problem.targets = good, targets
+    start = problem.loss().item()
+    for _ in range(12):
+        truth.step(used, problem)
+        assert weights(problem).isfinite().all() and float(used.stats["skipped"]) == 0
+    assert problem.loss().item() < start
+
+
+@OPTIMIZERS
+def test_a_skipped_step_leaves_momentum_and_the_fallback_as_they_were(optimizer: Any) -> None:
+    """Training with one broken batch in between goes on as training without it."""
+    clean, broken = (noisy_problem() for _ in range(2))
+    for problem in (clean, broken):
+        for module in problem.model.modules():
+            if isinstance(module, nn.Dropout | nn.BatchNorm2d):
+                module.eval()
+    options = {"lr": 0.05, "damping": 0.1, "factor_interval": 1, "inverse_interval": 1, "fisher": "exact"}
+    first, second = (optimizer(p.model, loss=p.criterion, **options) for p in (clean, broken))
+    for count in range(6):
+        truth.step(first, clean)
+        if count == 3:
+            good = broken.inputs
+            broken.inputs = good * math.nan
+            truth.step(second, broken)
+            broken.inputs = good
+        truth.step(second, broken)
+        assert truth.relative_error(weights(broken), weights(clean)) < 1e-6, count
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("setting", ["self-tuning", "fixed"])
+@pytest.mark.parametrize(
+    "kind", ["zero inputs", "constant inputs", "huge inputs", "tiny inputs", "batch of one", "sure"]
+)
+def test_degenerate_batches_do_not_break_training(optimizer: Any, setting: str, kind: str) -> None:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    with torch.no_grad():
+        match kind:
+            case "zero inputs":
+                problem.inputs.zero_()
+            case "constant inputs":
+                problem.inputs.fill_(1.0)
+            case "huge inputs":
+                problem.inputs.mul_(1e6)
+            case "tiny inputs":
+                problem.inputs.mul_(1e-8)
+            case "batch of one":
+                problem.inputs, problem.targets = problem.inputs[:1], problem.targets[:1]
+            case "sure":
+                problem.targets = problem.model(problem.inputs).argmax(1)
+                problem.model.get_parameter("2.weight").mul_(500)
+                problem.model.get_parameter("2.bias").mul_(500)
+    start = problem.loss().item()
+    used = optimizer(problem.model, loss=problem.criterion, **SETTINGS[setting])
+    for _ in range(15):
+        truth.step(used, problem)
+        assert weights(problem).isfinite().all()
+    assert problem.loss().item() <= 2 * start + 0.1
+
+
+# Bad arguments
+
+
+BAD: list[tuple[Any, str, Any]] = [
+    *[(KFAC, "lr", value) for value in (-0.1, math.nan, "0.1", math.inf)],
+    *[(KFAC, "momentum", value) for value in (-0.1, 1.0, "fast")],
+    *[(KFAC, "damping", value) for value in (-1.0, 0.0, math.nan, "big")],
+    *[(KFAC, "relative_damping", value) for value in (-1.0, 0.0, None)],
+    *[(KFAC, "weight_decay", value) for value in (-1.0, math.nan)],
+    (KFAC, "decoupled_weight_decay", "yes"),
+    *[(KFAC, "kl_clip", value) for value in (-1e-3, 0.0, "none")],
+    *[(KFAC, "max_decrease", value) for value in (0.0, -0.3, 1.5)],
+    *[(KFAC, "warmup", value) for value in (-1, 2.5)],
+    *[(KFAC, "max_growth", value) for value in (0.5, -1.0)],
+    *[(KFAC, "fisher", value) for value in ("true", "Exact", 3, None)],
+    *[(KFAC, "fisher_samples", value) for value in (0, -1, 1.5)],
+    *[(KFAC, "stat_decay", value) for value in (-0.1, 1.5)],
+    *[(KFAC, "factor_interval", value) for value in (0, -1, 2.5)],
+    *[(KFAC, "inverse_interval", value) for value in (0, -1, 2.5, "often")],
+    *[(KFAC, "solver", value) for value in ("symeig", "Cholesky", None)],
+    (KFAC, "preconditioning_dtype", "bfloat16"),
+    (KFAC, "generator", 3),
+    *[(EKFAC, "scale_interval", value) for value in (0, -2, 1.5)],
+    *[(GKFAC, "coarse_space", value) for value in ("krylow", 2)],
+    *[(GKFAC, "combination", value) for value in ("multiplied", None)],
+    *[(GKFAC, "coarse_fisher", value) for value in ("kroneker", None)],
+]
+
+
+@pytest.mark.parametrize(("optimizer", "argument", "value"), BAD, ids=lambda v: getattr(v, "__name__", repr(v)))
+def test_a_bad_argument_is_refused_in_one_line_with_its_name_its_value_and_what_is_allowed(
+    optimizer: Any, argument: str, value: Any
+) -> None:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    with pytest.raises(ValueError) as caught:
+        optimizer(problem.model, loss=problem.criterion, **{argument: value})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert argument in message and repr(value) in message
+    assert len(message) > len(argument) + len(repr(value)) + 10  # something about what is allowed
+    assert not problem.model._forward_hooks, "a refused optimizer left its hooks"
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize(
+    "loss",
+    [nn.L1Loss(), nn.CrossEntropyLoss(reduction="none"), torch.nn.functional.cross_entropy, "ce", None],
+    ids=repr,
+)
+def test_a_loss_without_known_curvature_is_refused_in_one_line(optimizer: Any, loss: Any) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        optimizer(BY_NAME["mlp-ce-mean"].make().model, loss=loss)
+    assert "loss" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("model", [nn.Tanh(), [], None], ids=repr)
+def test_what_is_no_model_or_has_nothing_to_train_is_refused_in_one_line(optimizer: Any, model: Any) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        optimizer(model, loss=nn.MSELoss())
+    assert "model" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_parameters_in_place_of_the_model_are_refused_in_one_line() -> None:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    with pytest.raises((ValueError, TypeError)) as caught:
+        KFAC(problem.model.parameters(), loss=problem.criterion)  # type: ignore[arg-type]
+    assert "model" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_argument_is_refused() -> None:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    for optimizer in (KFAC, EKFAC, GKFAC):
+        with pytest.raises(TypeError, match="TInv"):
+            optimizer(problem.model, loss=problem.criterion, TInv=10)
