@@ -74,6 +74,33 @@ def test_stat_decay_weighs_old_and_new_factors(optimizer: Any, decay: float) -> 
         assert truth.relative_error(used.curvature()[name].G, g[0]) < 1e-8
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.4, 0.95])
+def test_stat_decay_weighs_old_and_new_scales_of_ekfac(decay: float) -> None:
+    """In a basis that stays, at a rate that hardly moves the weights; forced gradients make the scales visible."""
+    problem, rate = BY_NAME["mlp-ce-mean"].make(), 1e-9
+    used = truth.start(EKFAC, problem, damping=0.1, lr=rate, stat_decay=decay, inverse_interval=1000)
+    slopes = random_slopes(problem, seed=9)
+    bases: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for count in range(1, 6):
+        fresh_batch(problem, seed=count)
+        kept = min(1 - 1 / count, decay)
+        factors = truth.factors(problem)
+        for name, layer in truth.layers(problem.model).items():
+            if count == 1:
+                a, g = factors[name]
+                bases[name] = truth.kronecker(
+                    layer, torch.linalg.eigh(a).eigenvectors, torch.linalg.eigh(g).eigenvectors
+                )
+            basis = bases[name]
+            new = (basis * (truth.ggn(problem, truth.parameters(layer)) @ basis)).sum(0)
+            scales[name] = kept * scales.get(name, new) + (1 - kept) * new
+        moves = truth.step(used, problem, slopes)
+        for name, basis in bases.items():
+            expected = -rate * basis @ ((basis.T @ truth.block_move(slopes, name)) / (scales[name] + 0.1))
+            assert truth.relative_error(truth.block_move(moves, name), expected) < 1e-5, (count, name)
+
+
 @pytest.mark.parametrize(("options", "decay"), [({"lr": 0.1}, 0.95), ({}, 0.8)], ids=["fixed", "self-tuning"])
 def test_default_decay_is_the_documented_one(options: dict[str, float], decay: float) -> None:
     problem = BY_NAME["mlp-ce-mean"].make()

@@ -138,6 +138,15 @@ def test_space_of_full_rank_gives_the_exact_solve_across_layers(loss: str) -> No
         assert truth.relative_error(-moved(moves, dense), dense.exact) < 1e-8, space
 
 
+def test_l2_weight_decay_enters_the_coarse_solve_as_damping_does() -> None:
+    problem = Case("chain", lambda: mlp(1, 1, 1, 1, bias=False), LOSSES["mse-mean"], (9, 1)).make()
+    dense = Dense(problem, DAMPING + 0.2)
+    weights = truth.vector(problem.model.parameters()).detach()
+    moves = truth.first_step(GKFAC, problem, damping=DAMPING, weight_decay=0.2, decoupled_weight_decay=False)
+    expected = torch.linalg.solve(dense.damped, dense.gradient + 0.2 * weights)
+    assert truth.relative_error(-moved(moves, dense), expected) < 1e-8
+
+
 def test_krylov_with_one_number_in_each_of_two_layers_is_exact_with_biases_too() -> None:
     """Two layers of (weight, bias) = four numbers; two Krylov rows a layer span them."""
     problem = Case("pair", lambda: mlp(1, 1, 1), LOSSES["bce-mean"], (9, 1)).make()
