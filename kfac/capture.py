@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ class Call:
     block: LinearBlock
     input: Tensor
     edge: GradientEdge
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The input as rows a: [K, N, T, d_in]."""
+        return self.block.inputs(self.input)
 
 
 @dataclass

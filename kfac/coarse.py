@@ -60,9 +60,11 @@ def kronecker_sums(layers: Layers) -> tuple[Tensor, Tensor]:
     return a.T @ a / n, g.T @ g
 
 
-def curvature_times(layers: Layers, vectors: Sequence[Tensor]) -> list[Tensor]:
-    """F x for a vector given by its blocks [K, d_out, d_in]: sum_n s_n g_n a_n^T with s_n = sum_l <g_n, x_l a_n>."""
-    s = products(layers, [x[None] for x in vectors]).sum(1)
+def curvature_times(layers: Layers, vectors: Sequence[Tensor], s: Tensor) -> list[Tensor]:
+    """F x for a vector given by its blocks [K, d_out, d_in]: sum_n s_n g_n a_n^T with s_n = sum_l <g_n, x_l a_n>.
+
+    `s` [M * N] is the sum over layers of `products` of the blocks.
+    """
     out = []
     for layer, x in zip(layers, vectors, strict=True):
         if layer is None:

@@ -145,18 +145,22 @@ def _send_back(batch: Batch, vectors: list[Tensor], weight: Tensor) -> Rows:
     for call, arrived in zip(batch.calls, zip(*sent, strict=True), strict=True):
         if any(g is None for g in arrived):
             continue  # a dead branch: the output does not depend on this call
-        g = torch.stack([call.block.gradients(g) for g in arrived], dim=1)
-        inputs.setdefault(call.block, []).append(call.block.inputs(call.input))
+        g = _join([call.block.gradients(g)[:, None] for g in arrived], dim=1)
+        inputs.setdefault(call.block, []).append(call.rows)
         gradients.setdefault(call.block, []).append(g)
     layers = {}
     examples = math.gcd(*[a.shape[1] for calls in inputs.values() for a in calls])
     for block, calls in inputs.items():
         # Further calls of a layer, and positions that were flattened into the batch, are positions T.
         k = block.groups
-        a = torch.cat([x.reshape(k, examples, -1, x.shape[-1]) for x in calls], dim=2)
-        g = torch.cat([x.reshape(k, x.shape[1], examples, -1, x.shape[-1]) for x in gradients[block]], dim=3)
+        a = _join([x.reshape(k, examples, -1, x.shape[-1]) for x in calls], dim=2)
+        g = _join([x.reshape(k, x.shape[1], examples, -1, x.shape[-1]) for x in gradients[block]], dim=3)
         layers[block] = (a, g)
     return Rows(layers, weight)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _quarter(rows: Rows) -> Rows:

@@ -57,7 +57,7 @@ class EKFAC(KroneckerOptimizer):
             state.solver["scale_count"] = torch.zeros_like(state.count)
         return failed
 
-    def _after_statistics(self, rows: list[Rows]) -> None:
+    def _after_statistics(self, rows: list[Rows], finite: Tensor) -> None:
         if self._scales_at >= 0 and self._steps - self._scales_at < value_at(self.scale_interval or 1, self._steps):
             return
         for block, state in self._states.items():
@@ -68,7 +68,6 @@ class EKFAC(KroneckerOptimizer):
             new = torch.stack(
                 [factors.squared_gradients(a @ basis_a[:, None], g @ basis_g[:, None, None]) for a, g in own]
             ).sum(0)
-            finite = new.sum().isfinite()
             state.solver["scale_count"] += finite
             factors.update_average(state.solver["scales"], new, state.solver["scale_count"], self.stat_decay, finite)
         self._scales_at = self._steps

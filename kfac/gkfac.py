@@ -49,11 +49,14 @@ class GKFAC(KFAC):
             raise ValueError(f"coarse_fisher='kronecker' with coarse_space={coarse_space!r}; allowed: 'constant'")
         self.coarse_space, self.combination, self.coarse_fisher = coarse_space, combination, coarse_fisher
         self._kept: list[Rows] = []
+        self._usable = torch.ones((), dtype=torch.bool)
         self._sums: dict[str, Tensor] = {}
         super().__init__(model, loss=loss, **options)
 
-    def _after_statistics(self, rows: list[Rows]) -> None:
-        self._kept = rows
+    def _after_statistics(self, rows: list[Rows], finite: Tensor) -> None:
+        if finite.device.type != "cpu":  # there a step that is skipped comes this far
+            rows = [Rows({b: _zero(*ag, finite) for b, ag in part.layers.items()}, part.weight) for part in rows]
+        self._kept, self._usable = rows, finite
         if self.coarse_fisher == "kronecker":
             parts = [coarse.kronecker_sums([part.layers.get(b) for b in self.blocks]) for part in rows]
             new_a = torch.stack([a for a, _ in parts]).mean(0)
@@ -61,7 +64,6 @@ class GKFAC(KFAC):
             if not self._sums:
                 count = torch.zeros((), device=new_a.device, dtype=new_a.dtype)
                 self._sums = {"a": torch.zeros_like(new_a), "g": torch.zeros_like(new_g), "count": count}
-            finite = new_a.sum().isfinite() & new_g.sum().isfinite()
             self._sums["count"] += finite
             factors.update_average(self._sums["a"], new_a, self._sums["count"], self.stat_decay, finite)
             factors.update_average(self._sums["g"], new_g, self._sums["count"], self.stat_decay, finite)
@@ -72,35 +74,40 @@ class GKFAC(KFAC):
         parts = [layers for layers in parts if any(layer is not None for layer in layers)]
         if not parts or self._damping is None:
             return x
-        curved = [self._damping * v for v in x]
-        for layers in parts:
-            curved = [c + f for c, f in zip(curved, coarse.curvature_times(layers, x), strict=True)]
+        damping = self._damping + self._l2(self._group_of(blocks[0]))
+        curved = [damping * v for v in x]
+        of_x = [coarse.products(layers, [v[None] for v in x]) for layers in parts]
+        for layers, s in zip(parts, of_x, strict=True):
+            curved = [c + f for c, f in zip(curved, coarse.curvature_times(layers, x, s.sum(1)), strict=True)]
         residual = [g - c for g, c in zip(gradients, curved, strict=True)]
         if self.coarse_space == "krylov":
             second = super()._directions(blocks, curved)
             spaces = [torch.stack(pair) for pair in zip(x, second, strict=True)]
+            of_second = [coarse.products(layers, [v[None] for v in second]) for layers in parts]
+            # Columns layer by layer, as the spaces are: x_1, second_1, x_2, ...
+            matrices = [torch.stack(pair, dim=2).flatten(1) for pair in zip(of_x, of_second, strict=True)]
+            fisher = torch.stack([s.T @ s for s in matrices]).sum(0)
         else:
             spaces = [torch.full_like(v, v.numel() ** -0.5)[None] for v in x]
-        system = self._damping * coarse.block_gram(spaces) + self._coarse_fisher(blocks, parts, spaces)
+            fisher = self._constant_fisher(blocks, parts, spaces)
+        system = damping * coarse.block_gram(spaces) + fisher
         right_side = coarse.restrict(spaces, residual if self.combination == "deflated" else gradients)
         y, gain, left = coarse.solve(system, right_side)
+        y = torch.where(self._usable, y, 0.0)
         if self.combination == "additive":
             gain = coarse.restrict(spaces, residual) @ y - 0.5 * y @ system @ y
         self.stats |= {"coarse_gain": gain, "coarse_residual": left}
         return [v + correction for v, correction in zip(x, coarse.prolong(spaces, y), strict=True)]
 
-    def _coarse_fisher(self, blocks: list[LinearBlock], parts: list, spaces: list[Tensor]) -> Tensor:
-        if self.coarse_fisher == "kronecker":
-            order = torch.tensor([self.blocks.index(block) for block in blocks], device=spaces[0].device)
-            sums = self._sums["a"] * self._sums["g"]
-            root = torch.stack([space.flatten()[0] for space in spaces])
-            return sums[order][:, order] * root[:, None] * root
-        if self.coarse_space == "constant":
-            sizes = [space[0].numel() for space in spaces]
+    def _constant_fisher(self, blocks: list[LinearBlock], parts: list, spaces: list[Tensor]) -> Tensor:
+        sizes = [space[0].numel() for space in spaces]
+        if self.coarse_fisher == "exact":
             matrices = [coarse.constant_products(layers, sizes) for layers in parts]
-        else:
-            matrices = [coarse.products(layers, spaces) for layers in parts]
-        return torch.stack([s.T @ s for s in matrices]).sum(0)
+            return torch.stack([s.T @ s for s in matrices]).sum(0)
+        order = torch.tensor([self.blocks.index(block) for block in blocks], device=spaces[0].device)
+        sums = (self._sums["a"] * self._sums["g"])[order][:, order]
+        root = torch.stack([space.flatten()[0] for space in spaces])
+        return sums * root[:, None] * root
 
     def _save_method(self) -> dict:
         kept = [{block.name: list(rows) for block, rows in part.layers.items()} for part in self._kept]
@@ -116,4 +123,9 @@ class GKFAC(KFAC):
             )
             for part in saved["kept"]
         ]
+        self._usable = torch.ones((), dtype=torch.bool, device=device)
         self._sums = {name: value.to(device, copy=True) for name, value in saved["sums"].items()}
+
+
+def _zero(a: Tensor, g: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(finite, a, 0.0), torch.where(finite, g, 0.0)

@@ -95,7 +95,11 @@ class Conv2dBlock(LinearBlock):
             (per_group * s_c, s_n, stride_y * s_y, stride_x * s_x, s_c, dilation_y * s_y, dilation_x * s_x),
             x.storage_offset(),
         )
-        return self._with_ones(patches.reshape(self.groups, n, rows * columns, -1))
+        # One copy: the patches are written beside the ones of the bias.
+        size = per_group * kernel_y * kernel_x
+        a = x.new_ones(self.groups, n, rows, columns, size + (self.bias is not None))
+        a[..., :size].view(patches.shape).copy_(patches)
+        return a.flatten(2, 3)
 
     def gradients(self, g: Tensor) -> Tensor:
         g = g.to(self.weight.dtype)

@@ -116,7 +116,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         generator: torch.Generator | None = None,
     ):
         options = dict(locals())
-        check_options({name: options[name] for name in Options.__annotations__})
+        check_options({name: options[name] for name in ("model", *Options.__annotations__)})
         tuned = self.self_tuning = lr is None
         self.criterion = loss
         self.damping, self.relative_damping = damping, relative_damping
@@ -158,6 +158,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._damping: Tensor | None = None
         self._mean_curvature: Tensor | None = None
         self._warned: set[str] = set()
+        self._skipped: _Skipped | None = None
         weak = weakref.WeakMethod(self._receive)
         self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch))
         self._arm()
@@ -175,13 +176,17 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     def _directions(self, blocks: list[LinearBlock], gradients: list[Tensor]) -> list[Tensor]:
         return [self._solve(b, self._states[b], g) for b, g in zip(blocks, gradients, strict=True)]
 
-    def _after_statistics(self, rows: list[Rows]) -> None:
+    def _after_statistics(self, rows: list[Rows], finite: Tensor) -> None:
         """Called with the weighted rows of a statistics step, once the preconditioner is renewed."""
 
     # Statistics.
 
     def _arm(self) -> None:
         """Decide what the coming step has to collect."""
+        if self._skipped is not None and self._skipped.known():
+            if self._skipped.value():  # what was due then is due again
+                self._factors_at = self._inverses_at = -1
+            self._skipped = None
         early = self.self_tuning and self._steps < EARLY_STEPS
         self._factors_due = early or self._due(self._factors_at, self.factor_interval)
         self._inverses_due = early or self._due(self._inverses_at, self.inverse_interval)
@@ -215,12 +220,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         elif not collector.losses:
             self._warn("root", "the object given as loss= was not the one called; the model's output serves instead")
 
-    def _update_averages(self) -> None:
+    def _update_averages(self, finite: Tensor) -> None:
         for block, (outer_a, count, outer_g) in self._collector.sums.items():
             state = self._states[block]
             new_a, new_g = outer_a / count.clamp_min(1), outer_g / self._collector.norm()
-            # A row that is not finite shows on the diagonals of its own outer product.
-            finite = (_trace(new_a).sum() + _trace(new_g).sum()).isfinite()
             state.count += finite
             factors.update_average(state.A, new_a, state.count, self.stat_decay, finite)
             factors.update_average(state.G, new_g, state.count, self.stat_decay, finite)
@@ -258,35 +261,50 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        self.stats = {}
         self._check_collected()
+        blocks = [block for block in self.blocks if block.weight.grad is not None]
+        groups = [self._group_of(block) for block in blocks]
+        gradients = [self._gradient(block, group) for block, group in zip(blocks, groups, strict=True)]
+        others = self._first_order_groups()
+        finite = self._all_finite(gradients, others)
+        self.stats = {"skipped": 1.0 - finite.float()}
+        if finite.device.type == "cpu" and not finite.numpy():  # on other devices nobody waits to look
+            self._arm()
+            return value
         with self.phase("statistics"):
-            self._update_averages()
+            self._update_averages(finite)
         if self._inverses_due and any(state.seen for state in self._states.values()):
             with self.phase("inverses"):
                 self._renew()
         if self._collector.factor_rows:
             with self.phase("statistics"):
-                self._after_statistics(self._collector.weighted(self._collector.factor_rows))
+                self._after_statistics(self._collector.weighted(self._collector.factor_rows), finite)
         with self.phase("update"):
-            self._update()
+            self._update(blocks, groups, gradients, others, finite)
         if self._factors_due and self._collector.weights:
             self._factors_at = self._steps
         for state in self._states.values():
             state.age += 1
         self._steps += 1
+        if finite.device.type != "cpu":
+            self._skipped = _Skipped(finite)
         self._arm()
         return value
 
-    def _update(self) -> None:
+    def _update(
+        self,
+        blocks: list[LinearBlock],
+        groups: list[dict[str, Any]],
+        gradients: list[Tensor],
+        others: list[dict[str, Any]],
+        finite: Tensor,
+    ) -> None:
         collector = self._collector
-        blocks = [b for b in self.blocks if b.weight.grad is not None and self._states[b].solver]
+        usable = [i for i, block in enumerate(blocks) if self._states[block].solver]
         if self.self_tuning and not collector.model_rows:
-            blocks = []  # no backward came: there is no model to choose a step from
-        groups = [self._group_of(block) for block in blocks]
-        gradients = [self._gradient(block, group) for block, group in zip(blocks, groups, strict=True)]
-        others = self._first_order_groups()
-        finite = _all_finite(gradients, others, collector.losses)
+            usable = []  # no backward came: there is no model to choose a step from
+        blocks, groups = [blocks[i] for i in usable], [groups[i] for i in usable]
+        gradients = [gradients[i] for i in usable]
         first_order = self._fallback.step(others, self.state, finite)
         buffers = [self.state[b.weight].get("momentum_buffer") for b in blocks]
         buffers = [torch.zeros_like(g) if x is None else x for x, g in zip(buffers, gradients, strict=True)]
@@ -306,7 +324,6 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         )
         if blocks or not self.self_tuning:
             self._apply(problem, self._rule(problem))
-        self.stats["skipped"] = 1.0 - finite.float()
         if self._damping is not None and self._mean_curvature is not None:
             self.stats |= {"damping": self._damping, "mean_curvature": self._mean_curvature}
 
@@ -325,6 +342,17 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         if plan.factor is not None:
             self._fallback.scale(plan.factor)
         self.stats |= plan.stats
+
+    def _all_finite(self, gradients: list[Tensor], groups: list[dict[str, Any]]) -> Tensor:
+        """Whether all that this step works on is finite: gradients, losses, new statistics."""
+        rest = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        # A row that is not finite shows on the diagonal of its own outer product.
+        diagonals = [x.diagonal(dim1=-2, dim2=-1) for a, _, g in self._collector.sums.values() for x in (a, g)]
+        checked = [*gradients, *rest, *self._collector.losses, *diagonals]
+        if not checked:
+            return torch.ones((), dtype=torch.bool)
+        # A norm is finite only if every entry is, and one call takes them all.
+        return torch.stack(torch._foreach_norm(checked, torch.inf)).isfinite().all()
 
     def _gradient(self, block: LinearBlock, group: dict[str, Any]) -> Tensor:
         assert block.weight.grad is not None
@@ -346,7 +374,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     def _first_order_groups(self) -> list[dict[str, Any]]:
         groups = [group for group in self.param_groups if group["first_order"]]
-        blind = [b for b in self.blocks if b.weight.grad is not None and not self._states[b].seen]
+        seen = {block for block, state in self._states.items() if state.seen or block in self._collector.sums}
+        blind = [b for b in self.blocks if b.weight.grad is not None and b not in seen]
         if blind:
             names = ", ".join(block.name for block in blind)
             self._warn(
@@ -455,11 +484,19 @@ def _trace(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _all_finite(gradients: list[Tensor], groups: list[dict[str, Any]], values: list[Tensor]) -> Tensor:
-    """Whether all gradients and losses of this step are finite, on the device."""
-    rest = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    checked = [*gradients, *rest, *values]
-    if not checked:
-        return torch.ones((), dtype=torch.bool)
-    # A norm is finite only if every entry is, and one call takes them all.
-    return torch.stack(torch._foreach_norm(checked, torch.inf)).isfinite().all()
+class _Skipped:
+    """Whether a step was skipped, for a host that learns it once the device has got there, and never waits."""
+
+    def __init__(self, finite: Tensor):
+        pinned = finite.device.type == "cuda"
+        self._finite = torch.empty((), dtype=torch.bool, pin_memory=pinned)
+        self._finite.copy_(finite, non_blocking=pinned)
+        self._event = torch.cuda.Event() if pinned else None
+        if self._event is not None:
+            self._event.record()
+
+    def known(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def value(self) -> bool:
+        return not self._finite.numpy()

@@ -26,6 +26,7 @@ _INTERVAL: _Range = (
     "None, a whole number >= 1 or a callable",
 )
 _RANGES: dict[str, _Range] = {
+    "model": (lambda v: isinstance(v, torch.nn.Module), "a torch.nn.Module (the network itself, not its parameters)"),
     "lr": (lambda v: v is None or (_number(v) and v >= 0), "None (self-tuning) or a number >= 0"),
     "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
     "damping": (lambda v: v is None or callable(v) or (_number(v) and v > 0), "None, a number > 0 or a callable"),
