@@ -161,8 +161,8 @@ def check_mapping(field: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def check_fields(field: str, value: Any, rules: Mapping[str, Any], optional: Iterable[str] = ()) -> dict[str, Any]:
-    """The mapping `value` when it has the fields of `rules`, all but the `optional` ones, and no others.
+def check_fields(field: str, value: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping `value` when it has all the fields of `rules` and no others.
 
     A rule that is itself a mapping of rules stands for a nested mapping. `field` is "" at the top.
     """
@@ -173,8 +173,6 @@ def check_fields(field: str, value: Any, rules: Mapping[str, Any], optional: Ite
             raise unknown(prefix + name, name, rules)
     for name, rule in rules.items():
         if name not in mapping:
-            if name in optional:
-                continue
             expected = "a mapping of " + ", ".join(rule) if isinstance(rule, Mapping) else rule.allowed
             raise ConfigError(f"{prefix}{name}: is missing; expected {expected}")
         if isinstance(rule, Mapping):
