@@ -12,8 +12,8 @@ from . import factors, linalg
 from .collect import Rows
 from .kfac import decompose, solve_in_eigenbasis
 from .layers import LinearBlock
-from .optimizer import KroneckerOptimizer, Options
-from .options import check_options, value_at
+from .optimizer import KroneckerOptimizer
+from .options import Options, check_options, value_at
 from .state import BlockState
 
 

@@ -11,8 +11,7 @@ from . import coarse, factors
 from .collect import Rows
 from .kfac import KFAC
 from .layers import LinearBlock
-from .optimizer import Options
-from .options import check_options
+from .options import Options, check_options
 
 
 class GKFAC(KFAC):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from . import linalg
 from .layers import LinearBlock
-from .optimizer import KroneckerOptimizer, Options
-from .options import check_options
+from .optimizer import KroneckerOptimizer
+from .options import Options, check_options
 from .state import BlockState
 
 

@@ -8,12 +8,13 @@ AdamW (fallback.py).
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,33 +24,11 @@ from .capture import Batch, Capture
 from .collect import Collector, Rows
 from .fallback import FALLBACK_LR, Fallback
 from .layers import LinearBlock, find_blocks
-from .options import check_options, value_at
+from .options import Options, check_options, value_at
 from .rules import FixedRule, Plan, Problem, SelfTuningRule
 from .state import BlockState, LayerCurvature
 
 EARLY_STEPS = 5  # the self-tuning rule renews everything at each of its first steps
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments that all Kronecker optimizers share; see `KroneckerOptimizer`."""
-
-    lr: float | None
-    momentum: float
-    damping: float | Callable[[int], float] | None
-    relative_damping: float
-    weight_decay: float
-    decoupled_weight_decay: bool
-    kl_clip: float | None
-    max_decrease: float
-    warmup: int
-    max_growth: float
-    fisher: str
-    fisher_samples: int
-    stat_decay: float | None
-    factor_interval: int | Callable[[int], int] | None
-    inverse_interval: int | Callable[[int], int] | None
-    preconditioning_dtype: torch.dtype | None
-    generator: torch.Generator | None
 
 
 class KroneckerOptimizer(torch.optim.Optimizer):
@@ -77,7 +56,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         stat_decay: running average of the factors; None is 0.8 when self-tuning and 0.95 with `lr`.
         factor_interval: steps between updates of the factors (or a callable of the step); None is 5, and 10 with `lr`.
         inverse_interval: steps between inverses; None is 10, and 100 with `lr`.
-        preconditioning_dtype: dtype of the two products that precondition, for example torch.bfloat16; None keeps the
+        preconditioning_dtype: dtype of the two products that precondition, torch.bfloat16 or its name; None keeps the
             parameters' own.
         generator: source of the sampled vectors; None is an own one for each device, seeded 0.
 
@@ -91,6 +70,17 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     """
 
     keeps_rows = False  # whether rows of the last statistics step are needed after it
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show every argument in `help` and `inspect.signature`, where a method passes the shared ones on."""
+        super().__init_subclass__(**kwargs)
+        bases = cls.__mro__[: cls.__mro__.index(KroneckerOptimizer) + 1]
+        named: dict[str, inspect.Parameter] = {}
+        for init in (vars(base)["__init__"] for base in bases if "__init__" in vars(base)):
+            for name, parameter in inspect.signature(init).parameters.items():
+                if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
+                    named.setdefault(name, parameter)
+        cls.__signature__ = inspect.Signature(list(named.values()))  # type: ignore[attr-defined]
 
     def __init__(
         self,
@@ -112,7 +102,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         stat_decay: float | None = None,
         factor_interval: int | Callable[[int], int] | None = None,
         inverse_interval: int | Callable[[int], int] | None = None,
-        preconditioning_dtype: torch.dtype | None = None,
+        preconditioning_dtype: torch.dtype | str | None = None,
         generator: torch.Generator | None = None,
     ):
         options = dict(locals())
@@ -124,7 +114,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self.stat_decay = stat_decay if stat_decay is not None else 0.8 if tuned else 0.95
         self.factor_interval = factor_interval if factor_interval is not None else 5 if tuned else 10
         self.inverse_interval = inverse_interval if inverse_interval is not None else 10 if tuned else 100
-        self.preconditioning_dtype = preconditioning_dtype
+        self.preconditioning_dtype = (
+            getattr(torch, preconditioning_dtype) if isinstance(preconditioning_dtype, str) else preconditioning_dtype
+        )
         self.stats: dict[str, Tensor] = {}
         self.phase: Callable[[str], AbstractContextManager] = _no_phase
 

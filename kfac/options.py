@@ -1,12 +1,35 @@
-"""The allowed range of every constructor argument, and one clear line for a value outside it."""
+"""The constructor arguments that all optimizers share, the range of each, and one clear line for a value outside it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that all Kronecker optimizers share; see `KroneckerOptimizer`."""
+
+    lr: float | None
+    momentum: float
+    damping: float | Callable[[int], float] | None
+    relative_damping: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    kl_clip: float | None
+    max_decrease: float
+    warmup: int
+    max_growth: float
+    fisher: str
+    fisher_samples: int
+    stat_decay: float | None
+    factor_interval: int | Callable[[int], int] | None
+    inverse_interval: int | Callable[[int], int] | None
+    preconditioning_dtype: torch.dtype | str | None
+    generator: torch.Generator | None
+
 
 FISHERS = ("auto", "exact", "sampled", "empirical")
 
@@ -43,7 +66,10 @@ _RANGES: dict[str, _Range] = {
     "factor_interval": _INTERVAL,
     "inverse_interval": _INTERVAL,
     "scale_interval": _INTERVAL,
-    "preconditioning_dtype": (lambda v: v is None or isinstance(v, torch.dtype), "None or a torch.dtype"),
+    "preconditioning_dtype": (
+        lambda v: v is None or isinstance(getattr(torch, v, None) if isinstance(v, str) else v, torch.dtype),
+        "None, a torch.dtype or the name of one",
+    ),
     "generator": (lambda v: v is None or isinstance(v, torch.Generator), "None or a torch.Generator"),
     "solver": (lambda v: v in ("cholesky", "eigh"), "one of cholesky, eigh"),
     "coarse_space": (lambda v: v in ("krylov", "constant"), "one of krylov, constant"),
