@@ -107,7 +107,7 @@ def records_hash(folder: Path) -> str:
 
 def _finite(named: Mapping[str, Any]) -> dict[str, float]:
     numbers = {}
-    for name, value in named.items():
+    for name, value in sorted(named.items()):  # losses first
         if value is not None and value != "" and math.isfinite(number := float(value)):
             numbers[re.sub(r"[^\w\-. :/]", "_", name)] = number
     return numbers

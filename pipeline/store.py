@@ -23,6 +23,7 @@ from pipeline.checks import ConfigError
 VARIABLE = "MLFLOW_TRACKING_URI"
 ALLOWED = "http(s)://host:port, a database such as sqlite:///mlflow.db, or unset (mlflow.db of this repository)"
 SCHEMES = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
+BUSY_WITHIN = 5.0  # seconds that an SQLite file may be busy with something that is not ours
 LOCK_WITHIN = 60.0  # seconds to wait for other processes that open or write the same local store
 
 
@@ -105,7 +106,7 @@ def reason(error: BaseException) -> str:
         r"|file is not a database|malformed|out-of-date database schema",
         text,
     )
-    return known.group() if known else text[:160]
+    return known.group() if known else text[:100]
 
 
 def _locked(descriptor: int) -> bool:
@@ -119,7 +120,7 @@ def _locked(descriptor: int) -> bool:
 def _check_database(path: Path) -> None:
     new = not path.exists()
     try:
-        with contextlib.closing(sqlite3.connect(path, timeout=5)) as connection:
+        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_WITHIN)) as connection:
             connection.execute("PRAGMA schema_version").fetchone()
             connection.execute("BEGIN IMMEDIATE")
             connection.rollback()

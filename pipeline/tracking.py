@@ -1,9 +1,10 @@
 """Training runs in MLflow: a view of the plain records, written while they are made and again from the files.
 
 Nothing but this file knows MLflow, and MLflow is imported only when a store is opened. Names come from
-`pipeline.metrics`, live and in a rebuild. Metrics carry the time `start + training seconds`, so the UI's time axis is
-the training clock. A run is identified by a checksum of its configuration and by its seed: training the same again
-replaces the older run, another configuration stands beside it.
+`pipeline.metrics`, live and in a rebuild. A run is identified by a checksum of its configuration and by its seed:
+training the same again replaces the older run, another configuration stands beside it. The time of a metric is the
+training clock, counted from one date that all runs share: the UI averages the times of a group of runs, and where one
+seed ends early, starts that differ would tear the mean apart.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 POINTS = 300  # a metric; the UI draws about as many
 SEND_EVERY = 2.0  # seconds between two sendings while a run goes on
 START_WITHIN = 9.0  # seconds a tracking server has to answer at the start
+CLOCK_ZERO = 946_684_800  # seconds; training time 0 of every run, 2000-01-01 in UTC (the UI takes 0 for no time)
 BATCH = 1000  # metrics a call, MLflow's own limit
 
 
@@ -169,7 +171,6 @@ class Tracker:
         self._held: list[Metric] | None = None  # the latest evaluation, when it was thinned out
         self._waiting: list[Metric] = []
         self._sent_at = time.monotonic()
-        self._last = (0, 0.0)  # step, training seconds
 
         from mlflow.entities import Param
 
@@ -207,9 +208,8 @@ class Tracker:
         if self.lost:
             return
         with self._safely():
-            step, seconds = int(row["step"]), float(row["training_seconds"])
-            self._last = (step, seconds)
-            points = self._points({**history_metrics(row), **curvature_metrics(curvature_rows)}, step, seconds)
+            metrics = {**history_metrics(row), **curvature_metrics(curvature_rows)}
+            points = _points(metrics, int(row["step"]), float(row["training_seconds"]))
             kept = self._rows % self._stride == 0
             self._rows += 1
             self._held = None if kept else points
@@ -222,24 +222,26 @@ class Tracker:
         """Send the rest, the summary and the record files below `folder`; replace older runs of the same kind."""
         if self.lost:
             return
+        begin = time.perf_counter()
         with self._safely():
             from mlflow.entities import RunTag
 
             client, status = self._store.client, str(summary["status"])
             self._waiting += self._held or []
-            self._waiting += self._points(summary_metrics(summary), *self._last)
-            with self._store.turn():
-                for name in FILES:
-                    if (folder / name).exists():
-                        client.log_artifact(self.run_id, str(folder / name))
-            # Measured up to here; what follows is a few calls.
-            self._waiting += self._points({"time/tracking_seconds": self.seconds}, *self._last)
+            # Figures of the whole run stand at step 0: the UI draws bars of them, not lines of one point.
+            self._waiting += _points(summary_metrics(summary), 0, 0.0)
+            self._attach(folder)
             self._send()
             with self._store.turn():
                 tags = {"status": status, "records": records_hash(folder)}
                 if summary.get("message"):
                     tags["message"] = str(summary["message"])[:500]
-                client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+                cost = {"time/tracking_seconds": self.seconds + time.perf_counter() - begin}
+                client.log_batch(
+                    self.run_id,
+                    metrics=_points(cost, 0, 0.0),
+                    tags=[RunTag(key, value) for key, value in tags.items()],
+                )
                 elapsed = sum(
                     float(summary.get(key) or 0)
                     for key in ("training_seconds", "evaluation_seconds", "diagnostics_seconds")
@@ -254,6 +256,15 @@ class Tracker:
                 self._store.label(self._experiment, self._optimizer)
         atexit.unregister(self._abandon)
 
+    def _attach(self, folder: Path) -> None:
+        """Keep the record files with the run. Where a server stores files is another place, and may be out of reach."""
+        try:
+            for name in FILES:
+                if (folder / name).exists():
+                    self._store.client.log_artifact(self.run_id, str(folder / name))
+        except Exception as error:
+            sys.stderr.write(f"warning: MLflow did not take the files of {folder} ({reason(error)}); they stay there\n")
+
     def _abandon(self) -> None:
         """At the end of a process that was interrupted: without this the run would seem to go on for ever."""
         with self._safely(), self._store.turn():
@@ -265,12 +276,6 @@ class Tracker:
         for run in self._store.runs(self._experiment, condition):
             if run.info.run_id != self.run_id:
                 self._store.client.delete_run(run.info.run_id)
-
-    def _points(self, metrics: Mapping[str, float], step: int, seconds: float) -> list[Metric]:
-        from mlflow.entities import Metric
-
-        timestamp = int((self._started + seconds) * 1000)
-        return [Metric(name, value, timestamp, step) for name, value in metrics.items()]
 
     def _send(self) -> None:
         for first in range(0, len(self._waiting), BATCH):
@@ -293,6 +298,13 @@ class Tracker:
             )
         finally:
             self.seconds += time.perf_counter() - begin
+
+
+def _points(metrics: Mapping[str, float], step: int, seconds: float) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    timestamp = int((CLOCK_ZERO + seconds) * 1000)
+    return [Metric(name, value, timestamp, step) for name, value in metrics.items()]
 
 
 def start(run: RunConfig, seed: int, environment: Mapping[str, Any]) -> Tracker:
@@ -382,9 +394,10 @@ def serve(results: Path, port: int) -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "PYTHONWARNINGS": "ignore",
     }
     words = f"-m mlflow server --host 127.0.0.1 --port {port} --workers 1 --uvicorn-opts --log-level=warning".split()
-    words += ["--backend-store-uri", store.place.address]
+    words += ["--backend-store-uri", store.place.address, "--registry-store-uri", store.place.address]
     os.chdir(workspace())
     os.execve(sys.executable, [sys.executable, *words], environment)
 

@@ -13,10 +13,9 @@ from typing import Any
 
 VIEW_KEY = "comparison"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
-GROUP_TAG = "setting"
+GROUP_TAG = "optimizer.compared"  # a name under which the colours below differ for the colour-blind, too
 
 _LINE, _BAR = "LINE", "BAR"
-_SECONDS = "time/training_seconds"
 
 # The UI's own colours; a group of runs gets one by a checksum of its name, and nothing but the name can change it.
 _PALETTE = (
@@ -42,10 +41,7 @@ def link_query() -> str:
 
 def note(benchmark: str) -> str:
     """What stands above the runs of an experiment, and in the list of experiments."""
-    return (
-        f"All optimizers on {benchmark}, one run a seed. The view 'comparison' has losses against steps and against"
-        " training seconds; the time axis of every chart is training time, without evaluation and diagnostics."
-    )
+    return f"{benchmark}: one run a seed; the time axis is training time. Open the comparison under Views."
 
 
 def comparison(target_metric: str) -> str:
@@ -55,7 +51,7 @@ def comparison(target_metric: str) -> str:
     sections = {
         "Race": [
             _line(main, f"{main} against steps", log=True),
-            _line(main, f"{main} against training seconds", x=_SECONDS, log=True),
+            _line(main, f"{main} against training seconds", seconds=True, log=True),
             _bar("target/steps", "Steps to the target"),
             _bar("target/seconds", "Training seconds to the target"),
             _bar("target/reached", "Share of seeds that reached the target"),
@@ -63,7 +59,7 @@ def comparison(target_metric: str) -> str:
         ],
         "Other losses and scores": [
             *(_line(name, f"{name} against steps", log=True) for name in others),
-            *(_line(name, f"{name} against training seconds", x=_SECONDS, log=True) for name in others),
+            *(_line(name, f"{name} against training seconds", seconds=True, log=True) for name in others),
             _line("score/train", "score/train against steps"),
             _line("score/validation", "score/validation against steps"),
             _bar("result/test_score", "Test score at the end"),
@@ -105,15 +101,10 @@ def comparison(target_metric: str) -> str:
     state = {
         "compareRunCharts": cards,
         "compareRunSections": [
-            {
-                "uuid": section,
-                "name": section,
-                "display": index < 2,
-                "isReordered": True,
-                "deleted": False,
-                "isGenerated": False,
-            }
-            for index, section in enumerate(sections)
+            *(_section(name, shown=index < 2) for index, name in enumerate(sections)),
+            # What the UI adds by itself for the metrics that have no card above.
+            *(_section(name, shown=False) for name in ("optimizer", "result", "time")),
+            _section("Model metrics", shown=False),
         ],
         "selectedColumns": [
             "tags.`status`",
@@ -151,7 +142,24 @@ def comparison(target_metric: str) -> str:
     return json.dumps({"name": "comparison", "createdAt": 0, "updatedAt": 0, "state": f"deflate;{packed}"})
 
 
-def _line(metric: str, title: str, *, x: str | None = None, log: bool = False) -> dict[str, Any]:
+def read(tag: str) -> dict[str, Any]:
+    """The state inside a value of VIEW_TAG: what the UI unpacks."""
+    packed = json.loads(tag)["state"].removeprefix("deflate;")
+    return json.loads(zlib.decompress(base64.b64decode(packed)))
+
+
+def _section(name: str, *, shown: bool) -> dict[str, Any]:
+    return {
+        "uuid": name,
+        "name": name,
+        "display": shown,
+        "isReordered": True,
+        "deleted": False,
+        "isGenerated": False,
+    }
+
+
+def _line(metric: str, title: str, *, seconds: bool = False, log: bool = False) -> dict[str, Any]:
     return {
         "type": _LINE,
         "deleted": False,
@@ -159,8 +167,8 @@ def _line(metric: str, title: str, *, x: str | None = None, log: bool = False) -
         "metricKey": metric,
         "selectedMetricKeys": [metric],
         "displayName": title,
-        "xAxisKey": "metric" if x else "step",
-        "selectedXAxisMetricKey": x or "",
+        "xAxisKey": "time-relative" if seconds else "step",
+        "selectedXAxisMetricKey": "",
         "useGlobalXaxisKey": False,
         "xAxisScaleType": "linear",
         "scaleType": "log" if log else "linear",

@@ -212,7 +212,7 @@ BAD: list[tuple[Any, str, Any]] = [
     *[(KFAC, "factor_interval", value) for value in (0, -1, 2.5)],
     *[(KFAC, "inverse_interval", value) for value in (0, -1, 2.5, "often")],
     *[(KFAC, "solver", value) for value in ("symeig", "Cholesky", None)],
-    (KFAC, "preconditioning_dtype", "bfloat16"),
+    (KFAC, "preconditioning_dtype", "bfloat17"),
     (KFAC, "generator", 3),
     *[(EKFAC, "scale_interval", value) for value in (0, -2, 1.5)],
     *[(GKFAC, "coarse_space", value) for value in ("krylow", 2)],
