@@ -71,7 +71,7 @@ def curvature_times(layers: Layers, vectors: Sequence[Tensor], s: Tensor) -> lis
             out.append(torch.zeros_like(x))
             continue
         a, g = layer
-        weighted = torch.einsum("mn,kmnto->knto", s.reshape(g.shape[1], -1), g)
+        weighted = (s.reshape(1, g.shape[1], -1, 1, 1) * g).sum(1)
         out.append(weighted.flatten(1, 2).mT @ a.flatten(1, 2))
     return out
 

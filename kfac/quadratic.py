@@ -36,8 +36,9 @@ def row_products(a: Tensor, g: Tensor, directions: Tensor, memory: int = 2**24) 
         return torch.cat(parts, dim=1).reshape(-1, count)
     weights = directions.permute(1, 3, 0, 2).reshape(k, d_in, count * d_out)
     outputs = (a.reshape(k, n * t, d_in) @ weights).reshape(k, n, t, count, d_out)
-    products = torch.einsum("kmnto,kntio->mni", g, outputs)
-    return products.reshape(-1, count)
+    # Elementwise products and sums: as one einsum this is many small matrix products, three to ten times slower.
+    columns = [(g * outputs[:, None, :, :, i]).sum((0, 3, 4)) for i in range(count)]
+    return torch.stack(columns, dim=-1).reshape(-1, count)
 
 
 def minimise_in_box(gradient: Tensor, curvature: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
