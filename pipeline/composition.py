@@ -6,15 +6,30 @@ For those who edit pipeline/conf and want params.yaml in step without training a
 import sys
 from pathlib import Path
 
+from pipeline.checks import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def compose(output: Path, overrides: list[str] | None = None) -> None:
-    """Write the composition under Hydra overrides, such as `optimizer=ekfac`, to the file `output`."""
-    from dvc.utils.hydra import compose_and_dump
+    """Write the composition under Hydra overrides, such as `optimizer=ekfac`, to the file `output`.
 
-    compose_and_dump(output, str(ROOT / "pipeline" / "conf"), None, "config", str(ROOT / "pipeline"), overrides or [])
+    Raises ConfigError for an override that cannot be; nothing is written then.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import compose_and_dump
+    from hydra.errors import HydraException
+
+    conf, plugins = ROOT / "pipeline" / "conf", ROOT / "pipeline"
+    try:
+        compose_and_dump(output, str(conf), None, "config", str(plugins), overrides or [])
+    except (DvcException, HydraException) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
 if __name__ == "__main__":
-    compose(ROOT / "params.yaml", sys.argv[1:])
+    try:
+        compose(ROOT / "params.yaml", sys.argv[1:])
+    except ConfigError as refused:
+        sys.stderr.write(f"error: {refused}\n")
+        sys.exit(2)
