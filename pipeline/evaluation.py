@@ -18,7 +18,7 @@ LOSSES: dict[str, type[nn.Module]] = {
     "binary_cross_entropy": nn.BCEWithLogitsLoss,
     "cross_entropy": nn.CrossEntropyLoss,
 }
-TRAIN_EXAMPLES = 10_000  # the training loss is that of the whole split up to this size, else of a fixed subset
+TRAIN_EXAMPLES = 4_096  # the training loss is that of the whole split up to this size, else of a fixed subset
 _CHUNK = 1024
 
 

@@ -159,7 +159,7 @@ class Training:
         chosen = self.order.next(progress.examples, size).to(self.device)
         inputs, targets = self.data.train.inputs[chosen], self.data.train.targets[chosen]
         if progress.step + 1 in self.probe.steps:
-            self.probe.before(model)
+            self.probe.before(model, inputs, targets)
         progress.lr = float(optimizer.param_groups[0]["lr"])
         with self.stopwatch("forward_backward"):
             optimizer.zero_grad()

@@ -1,8 +1,9 @@
 """Curvature diagnostics of a run, of whatever optimizer: what the loss looks like where it is, and how good a step is.
 
-The one idea: everything is measured on a copy of the network and one fixed batch, the same for every optimizer and
-seed, against the exact GGN of the loss on that batch. The training is looked at, never touched: not its weights,
-gradients, buffers, random numbers nor the optimizer's statistics.
+The one idea: everything is measured on a copy of the network against the exact GGN of the loss. The spectrum and the
+gradient's norm are those on one fixed batch, the same for every optimizer and seed; the quality of a step is judged on
+the batch that the step was made from, since only that gradient is what the optimizer saw. The training is looked at,
+never touched: not its weights, gradients, buffers, random numbers nor the optimizer's statistics.
 
 A probe at step k looks at the step that led from k - 1 to k: curvature and gradient are those at k - 1, the update is
 the difference of the raw weights. At step 0 there is no update yet. The copy is in training mode (the objective that is
@@ -37,7 +38,8 @@ _ORDINALS = ("top", "second", "third", "fourth", "fifth", "sixth", "seventh", "e
 
 @dataclass(frozen=True)
 class Price:
-    examples: int
+    examples: int  # of the fixed batch
+    step_examples: int  # of the step's batch, at most
     eigenvalues: int
     tolerance: float  # relative, of an eigenvalue
     trace_samples: int
@@ -49,6 +51,7 @@ class Price:
 PRICES = {
     "light": Price(
         examples=64,
+        step_examples=512,
         eigenvalues=2,
         tolerance=0.03,
         trace_samples=8,
@@ -58,6 +61,7 @@ PRICES = {
     ),
     "full": Price(
         examples=256,
+        step_examples=1024,
         eigenvalues=8,
         tolerance=0.01,
         trace_samples=32,
@@ -106,8 +110,12 @@ class Probe:
         for index, (name, _) in enumerate(_trained(self._twin)):
             self._layers[name.rpartition(".")[0]].append(index)
 
-    def before(self, model: nn.Module) -> None:
-        """Remember the weights that the next step starts from."""
+    def before(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+        """Remember the weights that the next step starts from, and its batch."""
+        self._follow(model)
+        self._batch = inputs[: self._price.step_examples], targets[: self._price.step_examples]
+
+    def _follow(self, model: nn.Module) -> None:
         with torch.no_grad():
             for mine, theirs in zip(_tensors(self._twin), _tensors(model), strict=True):
                 mine.copy_(theirs)
@@ -115,7 +123,7 @@ class Probe:
     def measure(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Row]:
         """Rows for ``curvature.csv`` (step, layer, quantity, value)."""
         if step == 0:
-            self.before(model)
+            self._follow(model)
         operator = diagnostics.GGN(self._twin, self._criterion, self._inputs, self._targets)
         rows = self._spectrum(step, "", operator, self._price.eigenvalues)
         trace = float(rows[-1]["value"] or 0.0)
@@ -129,7 +137,7 @@ class Probe:
         gradient = list(operator.gradient)
         rows += self._norms(step, "gradient_norm", gradient)
         if step:
-            rows += self._update(step, model, operator, gradient, RELATIVE_DAMPING * trace / operator.size)
+            rows += self._update(step, model, RELATIVE_DAMPING * trace / operator.size)
         if hasattr(optimizer, "curvature"):
             rows += self._kronecker(step, optimizer)
         return rows
@@ -145,13 +153,15 @@ class Probe:
         ]
         return [*rows, _row(step, layer, "trace", trace)]
 
-    def _update(self, step: int, model: nn.Module, operator: Any, gradient: list[Tensor], damping: float) -> list[Row]:
-        """How good the step was that led here; moves the copy to its end."""
+    def _update(self, step: int, model: nn.Module, damping: float) -> list[Row]:
+        """How good the step was that led here, on its own batch; moves the copy to its end."""
+        operator = diagnostics.GGN(self._twin, self._criterion, *self._batch)
+        gradient = list(operator.gradient)
         with torch.no_grad():
             start = self._loss()
             pairs = zip(_trained(model), _trained(self._twin), strict=True)
             update = [after - before for (_, after), (_, before) in pairs]
-            self.before(model)
+            self._follow(model)
             decrease = start - self._loss()
         natural = diagnostics.damped_natural_gradient(
             operator,
@@ -181,7 +191,8 @@ class Probe:
         ]
 
     def _loss(self) -> float:
-        return float(self._criterion(self._twin(self._inputs), self._targets))
+        inputs, targets = self._batch
+        return float(self._criterion(self._twin(inputs), targets))
 
     def _kronecker(self, step: int, optimizer: Any) -> list[Row]:
         """What the Kronecker optimizers believe, by layer and summarised by the median over layers.

@@ -115,8 +115,8 @@ def test_every_optimizer_gets_the_same_diagnostics_and_the_kronecker_family_more
 
 @pytest.mark.parametrize("loss", ["squared_error", "binary_cross_entropy", "cross_entropy"])
 def test_whole_model_figures_are_those_of_the_dense_ggn(loss: str) -> None:
-    data = some_data(loss, examples=30)  # fewer than a probe takes: the probe batch is the training split
-    run = a_run(loss=loss, diagnostics="full", steps=1, evaluate_every=1, options={"lr": 0.1})
+    data = some_data(loss, examples=30)  # both batches are then the whole training split
+    run = a_run(loss=loss, diagnostics="full", steps=1, evaluate_every=1, options={"lr": 0.1}, batch_size=30)
     training = Training(run, data, 0, a_network())
     start = {key: value.clone() for key, value in training.model.state_dict().items()}
     outcome = training.train(Listener())
