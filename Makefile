@@ -22,6 +22,8 @@ $(READY): requirements.lock
 repro: $(READY)  ## run the benchmark (dvc repro) and print the comparison
 	dvc repro
 	@python -m pipeline.aggregate --show
+	@echo 'Next: report/report.md has the figures; `make ui` opens the runs in MLflow; `make exp-show` lists experiments;'
+	@echo '      dvc exp run -S optimizer=ekfac trains E-KFAC alone (source .venv/bin/activate first).'
 
 exp-show: $(READY)  ## list experiments with what they changed and their steps to target
 	dvc exp show --only-changed --drop 'Created|State|Executor|^data/|^kfac|^pipeline|^results'

@@ -22,6 +22,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .layers import LinearBlock
 
+_sending = False  # a curvature vector is on its way: it passes the hooks on the network's output, of every optimizer
+
 
 @dataclass
 class Call:
@@ -66,8 +68,13 @@ class Batch:
 
     def send_back(self, vector: Tensor) -> list[Tensor | None]:
         """The gradients at the outputs of `calls` of a vector at the network's output."""
+        global _sending
         edges = [call.edge for call in self.calls]
-        return list(torch.autograd.grad(self.edge, edges, vector, retain_graph=True, allow_unused=True))
+        _sending = True
+        try:
+            return list(torch.autograd.grad(self.edge, edges, vector, retain_graph=True, allow_unused=True))
+        finally:
+            _sending = False
 
 
 class Hook:
@@ -175,8 +182,8 @@ class Capture:
             capture, forward = weak(), weak_forward()
             if capture is None or capture.criterion_called or forward is None or forward.edge is None:
                 return
-            if torch._C._functorch.is_legacy_batchedtensor(gradient):
-                return  # many backwards at once (is_grads_batched): a Jacobian, not a training step
+            if _sending or torch._C._functorch.is_legacy_batchedtensor(gradient):
+                return  # a curvature vector, or a Jacobian by many backwards at once: not a training step
             capture._deliver(forward, Batch(forward.calls, value, forward.edge, gradient=gradient.detach()))
 
         output.register_hook(arrive)
@@ -185,7 +192,6 @@ class Capture:
         """Hand over a forward pass once; False where the batch is not one of it (nothing came back to its layers)."""
         if forward.taken or not self.active:
             return False
-        forward.taken = True  # vectors sent back pass the hook on the network's output again
         with torch.no_grad():
             forward.taken = self._receive(batch)
         if forward.taken:

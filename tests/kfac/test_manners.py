@@ -470,3 +470,21 @@ def test_training_a_copy_leaves_no_trace_in_the_original(optimizer: Any, options
 def test_importing_the_library_does_not_import_scipy() -> None:
     code = "import sys, kfac; sys.exit(int(any(name.split('.')[0] == 'scipy' for name in sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_two_optimizers_on_one_model_both_see_its_loss() -> None:
+    """The vectors that one sends back are no training step to the other."""
+    problem = BY_NAME["mlp-ce-mean"].make()
+    alone = problem.copy()
+    first = KFAC(problem.model, loss=problem.criterion)
+    second = KFAC(problem.model, loss=problem.criterion, lr=0.1)
+    only = KFAC(alone.model, loss=alone.criterion, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for case in (problem, alone):
+            case.loss().backward()
+        second.step()
+        only.step()
+        first.step()
+    for name, layer in only.curvature().items():
+        assert torch.equal(second.curvature()[name].G, layer.G)
