@@ -320,17 +320,20 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             self.stats |= {"damping": self._damping, "mean_curvature": self._mean_curvature}
 
     def _apply(self, problem: Problem, plan: Plan) -> None:
-        layers = zip(problem.blocks, problem.groups, plan.steps, plan.rates, strict=True)
-        for block, group, step, rate in layers:
-            step = torch.where(plan.finite, step, 0.0)
-            for parameter, change in zip(block.parameters, block.tensors(step), strict=True):
-                if group["weight_decay"] and self.decoupled_weight_decay:
-                    decay = torch.as_tensor(rate * group["weight_decay"], device=step.device, dtype=step.dtype)
-                    parameter.mul_(torch.where(plan.finite, 1 - decay, 1.0))
-                parameter.add_(change)
-        for block, group, new, old in zip(problem.blocks, problem.groups, plan.buffers, problem.buffers, strict=True):
+        parameters: list[Tensor] = []
+        changes: list[Tensor] = []
+        layers = zip(problem.blocks, problem.groups, plan.steps, plan.buffers, plan.rates, strict=True)
+        for block, group, step, buffer, rate in layers:
+            weights: list[Tensor] = [*block.parameters]
+            if group["weight_decay"] and self.decoupled_weight_decay:
+                decay = torch.as_tensor(rate * group["weight_decay"], device=step.device, dtype=step.dtype)
+                torch._foreach_mul_(weights, torch.where(plan.finite, 1 - decay, 1.0))
             if group["momentum"]:
-                self.state[block.weight]["momentum_buffer"] = torch.where(plan.finite, new, old)
+                self.state[block.weight]["momentum_buffer"] = buffer
+            parameters += weights
+            changes += block.tensors(step)
+        if parameters:
+            torch._foreach_add_(parameters, changes)
         if plan.factor is not None:
             self._fallback.scale(plan.factor)
         self.stats |= plan.stats

@@ -84,8 +84,3 @@ def bounded_scale(slope: Tensor, curvature: Tensor, largest: Tensor) -> Tensor:
 def dot(u: Tensor, v: Tensor) -> Tensor:
     """The inner product of two tensors of one shape."""
     return torch.dot(u.reshape(-1), v.reshape(-1))
-
-
-def dots(us: list[Tensor], vs: list[Tensor]) -> Tensor:
-    """The inner product of two vectors given by their blocks."""
-    return torch.stack([dot(u, v) for u, v in zip(us, vs, strict=True)]).sum()

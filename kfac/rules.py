@@ -43,8 +43,8 @@ class Problem:
 
 @dataclass
 class Plan:
-    """What a rule decided: steps and new buffers, the rate of decoupled weight decay of each layer, the factor that the
-    steps of the other parameters are to be scaled by, and what was measured."""
+    """What a rule decided: steps and new buffers (zeros and the old ones where a number is not finite), the rate of
+    decoupled weight decay of each layer, the factor for the steps of the other parameters, and what was measured."""
 
     steps: list[Tensor]
     buffers: list[Tensor]
@@ -73,20 +73,22 @@ class FixedRule:
         for direction, buffer, group in zip(directions, buffers, groups, strict=True):
             form = form + group["lr"] ** 2 * quadratic.dot(direction, buffer).abs()
         factor = torch.ones_like(form) if self.kl_clip is None else clip.kl_factor(form, self.kl_clip)
-        steps = [-group["lr"] * factor * x for x, group in zip(directions, groups, strict=True)]
+        finite = problem.finite & factor.isfinite()
+        steps = [
+            torch.where(finite, -group["lr"] * factor * x, 0.0) for x, group in zip(directions, groups, strict=True)
+        ]
+        buffers = [torch.where(finite, new, old) for new, old in zip(buffers, problem.buffers, strict=True)]
         rates = [group["lr"] for group in groups]
-        return Plan(steps, buffers, rates, factor, problem.finite, {"kl_clip": factor})
+        return Plan(steps, buffers, rates, torch.where(finite, factor, 0.0), finite, {"kl_clip": factor})
 
 
 class SelfTuningRule:
-    """step = s (alpha x + mu last step): x minus the natural gradient, (alpha, mu) from the quadratic model, s from
-    a bound.
+    """step = s (alpha x + mu last step): x minus the natural gradient, (alpha, mu) from the quadratic model, s a bound.
 
     1. (alpha, mu) minimise the model of arXiv 1503.05671, section 7, over the box 0 <= alpha <= max_growth times its
-    running
-       mean (and 1), 0 <= mu <= 0.95, with the curvature along both directions from vectors sampled for this very batch.
+       running mean (and 1), 0 <= mu <= 0.95, with the curvature along both from vectors sampled for this very batch.
     2. s <= 1 bounds the promised decrease by `max_decrease` (reached over `warmup` steps) times the loss above its
-    floor.
+       floor.
     """
 
     def __init__(self, max_decrease: float, warmup: int, max_growth: float, floor: float):
@@ -95,9 +97,10 @@ class SelfTuningRule:
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.loss is not None
-        directions = [-x for x in problem.solve(problem.gradients)]
-        form = self._curvature(problem, directions)
-        slope = torch.stack([quadratic.dots(v, problem.gradients) for v in (directions, problem.buffers)])
+        # One vector over all layers: few large operations instead of many small ones.
+        pair = torch.stack([-_flat(problem.solve(problem.gradients)), _flat(problem.buffers)])
+        form = problem.damping * (pair @ pair.T) + self._curvature(problem, pair)
+        slope = pair @ _flat(problem.gradients)
         largest = form.new_ones(())
         if self.alpha_mean is not None:
             largest = (self.max_growth * self.alpha_mean).clamp_max(1.0)
@@ -109,40 +112,45 @@ class SelfTuningRule:
         promise, bend = -(weights @ slope), weights @ form @ weights
         scale = quadratic.bounded_scale(promise, bend, share * (problem.loss - self.floor).clamp_min(0))
         finite = problem.finite & weights.isfinite().all() & scale.isfinite()
-        last = largest if self.alpha_mean is None else self.alpha_mean
+        known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]
-        self.alpha_mean = torch.where(finite, mean, last)
+        self.alpha_mean = torch.where(finite, mean, known)
 
         alpha, mu = scale * weights
-        pairs = zip(directions, problem.buffers, problem.groups, strict=True)
-        steps = [group["lr"] * (alpha * direction + mu * last) for direction, last, group in pairs]
+        step = torch.where(finite, alpha * pair[0] + mu * pair[1], 0.0)
+        rates = [group["lr"] for group in problem.groups]
+        steps = [s if rate == 1 else rate * s for s, rate in zip(_split(step, problem), rates, strict=True)]
         stats = {
             "alpha": alpha,
             "momentum": mu,
             "loss": problem.loss,
             "predicted_decrease": scale * promise - 0.5 * scale**2 * bend,
         }
-        return Plan(steps, steps, [group["lr"] * alpha for group in problem.groups], None, finite, stats)
+        buffers = [torch.where(finite, new, old) for new, old in zip(steps, problem.buffers, strict=True)]
+        return Plan(steps, buffers, [rate * alpha for rate in rates], None, finite, stats)
 
-    def _curvature(self, problem: Problem, directions: list[Tensor]) -> Tensor:
-        """V^T (F + damping I) V for V = [direction, last step]: [2, 2]."""
-        gram = torch.stack(
-            [
-                quadratic.dots(directions, directions),
-                quadratic.dots(directions, problem.buffers),
-                quadratic.dots(problem.buffers, problem.buffers),
-            ]
-        )
-        form = problem.damping * torch.stack([gram[:2], gram[1:]])
-        pairs = {
-            block: torch.stack(pair) for block, *pair in zip(problem.blocks, directions, problem.buffers, strict=True)
-        }
+    def _curvature(self, problem: Problem, pair: Tensor) -> Tensor:
+        """V^T F V for the two directions V: [2, 2]."""
         assert problem.norm is not None
+        form = pair.new_zeros(2, 2)
+        directions = dict(zip(problem.blocks, _split(pair, problem), strict=True))
         for rows in problem.rows:
             products = [
-                quadratic.row_products(a, g, pairs[block]) for block, (a, g) in rows.layers.items() if block in pairs
+                quadratic.row_products(a, g, directions[block])
+                for block, (a, g) in rows.layers.items()
+                if block in directions
             ]
             if products:
                 s = torch.stack(products).sum(0)
                 form = form + s.mT @ s * (rows.weight / problem.norm)
         return form
+
+
+def _flat(blocks: list[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in blocks])
+
+
+def _split(vector: Tensor, problem: Problem) -> list[Tensor]:
+    """A vector [..., D] by layers: [..., K, d_out, d_in] each."""
+    parts = vector.split([g.numel() for g in problem.gradients], dim=-1)
+    return [x.reshape(*x.shape[:-1], *g.shape) for x, g in zip(parts, problem.gradients, strict=True)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import resource
 import sys
 import time
@@ -108,7 +107,6 @@ class PeakMemory:
         with contextlib.suppress(OSError):  # not Linux, or not allowed
             Path("/proc/self/clear_refs").write_text("5")
         if self._baseline is None:
-            gc.collect()
             with contextlib.suppress(OSError, AttributeError):  # not glibc
                 ctypes.CDLL(None).malloc_trim(0)  # memory that is free already would hide growth
             self._baseline = _status("VmRSS") or _high_water_mark()
