@@ -191,7 +191,7 @@ def _rich_table(block: Table) -> Any:
     for place, header in enumerate(_headers(block)):
         table.add_column(Text(header), justify="right" if place else "left", no_wrap=True)
     for row in block:
-        table.add_row(*(Text(cell) for cell in _cells(row)))
+        table.add_row(*(Text(cell) for cell in _cells(row, _has_excess(block))))
     return table
 
 
@@ -208,13 +208,16 @@ def _caption(block: Table) -> str:
 
 
 def _headers(block: Table) -> list[str]:
-    """Planted targets have an excess loss; it takes the place of the score."""
-    excess = block[0]["excess_loss_median"] is not None
+    excess = _has_excess(block)
     return [("excess\nloss" if excess and header == "test\nscore" else header) for header in HEADERS]
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    excess = row["excess_loss_median"] is not None
+def _has_excess(block: Table) -> bool:
+    """Planted targets have an excess loss, and it takes the place of the score. A pair that only diverged has none."""
+    return any(row["excess_loss_median"] is not None for row in block)
+
+
+def _cells(row: Mapping[str, Any], excess: bool) -> list[str]:
     return [
         row["optimizer"],
         *(_final(row, quantity) for quantity in ("train_loss", "validation_loss", "test_loss")),
@@ -341,7 +344,7 @@ def _picture(name: str, words: str) -> str:
 
 def _markdown_table(block: Table) -> str:
     headers = [header.replace("\n", " ") for header in _headers(block)]
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *(_cells(row) for row in block)]
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *(_cells(row, _has_excess(block)) for row in block)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -143,7 +143,6 @@ def isolated_environment(home: Path, commands: Path) -> dict[str, str]:
         "DVC_SITE_CACHE_DIR": str(home / "dvc-site"),
         "HOME": str(home),
         "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
         "PATH": os.pathsep.join([str(commands), inherited["PATH"]]),
     }
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from typing import Any
 
 import pytest
 from mlflow_store import tracked
-from repository import BENCHMARKS, HANGS, SEEDS, Study, Workspace, stages_run, training_stages
+from repository import BENCHMARKS, HANGS, ROOT, SEEDS, Study, Workspace, stages_run, training_stages
 
 from pipeline.records import read_runs
+
+README = ROOT / "README.md"
 
 
 def experiments(workspace: Workspace) -> dict[str, dict[str, Any]]:
@@ -69,6 +72,10 @@ def test_queued_points_arrive_in_the_same_store_and_in_exp_show(workspace: Works
     dampings = {name: shown["params"]["optimizer"]["ekfac"]["relative_damping"] for name, shown in arrived.items()}
     assert sorted(dampings.values()) == points
     assert all(list(shown["metrics"]["digits_cnn"]) == ["ekfac"] for shown in arrived.values())
+    listed = workspace.run("make", "exp-show")
+    for name in arrived:
+        assert name in listed
+        assert "digits_cnn ekfac seed 1: finished" in workspace.run("dvc", "queue", "logs", name)
     assert workspace.changes() == "" and workspace.position() == place
 
     runs = [run for run in tracked(workspace.root) if run.tags.get("DVC_EXP_NAME") in arrived]
@@ -112,7 +119,7 @@ def test_a_temporary_experiment_leaves_workspace_and_branch_alone(workspace: Wor
         (["images.digits_cnn.validation=0.2"], {"digits_cnn-sgd", "digits_cnn-kfac"}),
         (["seeds=[5]", "benchmark=toy_linear"], {"toy_linear-sgd", "toy_linear-kfac"}),
         (
-            ["study=smoke"],
+            ["study=smoke", "seeds=[3]"],
             {f"{benchmark}-{optimizer}" for benchmark in BENCHMARKS for optimizer in ("sgd", "kfac", "gkfac")},
         ),
     ],
@@ -125,6 +132,23 @@ def test_a_choice_trains_what_it_changes_and_nothing_else(
     assert {name for name in ran if name.startswith("train@")} == {f"train@{pair}" for pair in pairs}
     printed = workspace.run("dvc", "exp", "run")
     assert not any(name.startswith("train@") for name in stages_run(printed))
+
+
+@pytest.mark.slow
+def test_the_readmes_optimizer_joins_by_its_yaml_alone(workspace: Workspace) -> None:
+    shown = re.search(r"```yaml\n(\w+):\n  _target_: torch.*?```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown is not None
+    name = shown.group(1)
+    file = workspace.root / "pipeline" / "conf" / "optimizer" / f"{name}.yaml"
+    file.write_text(shown.group().removeprefix("```yaml\n").removesuffix("```"))
+    workspace.run("git", "add", "pipeline/conf")
+    try:
+        command = ("dvc", "exp", "run", "--temp", "-n", "joined", "-S", f"+optimizer={name}", "-S", "device=cpu")
+        trained = {stage for stage in stages_run(workspace.run(*command)) if stage.startswith("train@")}
+        assert trained == training_stages(name)
+        assert list(experiments(workspace)["joined"]["metrics"]["digits_cnn"]) == ["sgd", "kfac", name]
+    finally:
+        workspace.run("git", "reset", "--quiet", "--hard")
 
 
 @pytest.mark.slow

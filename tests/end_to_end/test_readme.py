@@ -29,7 +29,7 @@ def test_every_module_that_is_run_exists(text: str) -> None:
 
 
 def test_every_choice_is_one_of_the_configuration_or_shown_as_a_file(text: str) -> None:
-    for group, names in re.findall(r"-S '?\+?(optimizer|benchmark|study)=\[?([\w,]+)", text):
+    for group, names in re.findall(r"-S '?\+?(optimizer|benchmark|study)=\[?([a-z][\w,]*)", text):
         for name in names.split(","):
             file = Path("pipeline", "conf", group, f"{name}.yaml")
             assert (ROOT / file).is_file() or f"\n{name}:\n" in text, f"{group}={name}"

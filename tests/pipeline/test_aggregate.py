@@ -127,6 +127,18 @@ def test_a_pair_that_only_diverged_says_so(tmp_path: Path) -> None:
     }
 
 
+def test_planted_targets_are_compared_by_excess_loss_though_the_first_pair_diverged(
+    tmp_path: Path, chosen: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = tuple(("toy_mlp", "sgd", seed) for seed in synthetic.SEEDS)
+    results = synthetic.write_study(tmp_path / "results", chosen, diverged=lost)
+    aggregate.aggregate(chosen, results, tmp_path / "report")
+    planted, images = (tmp_path / "report" / "report.md").read_text().split("| optimizer |")[1:3]
+    assert "excess loss" in planted and "test score" not in planted
+    assert "test score" in images.splitlines()[0]
+    assert "excess" in capsys.readouterr().out
+
+
 def test_the_printed_table_fits_100_columns_and_names_runs_that_diverged(
     tmp_path: Path, chosen: Params, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
