@@ -143,9 +143,8 @@ def test_the_readmes_optimizer_joins_by_its_yaml_alone(workspace: Workspace) -> 
     file.write_text(shown.group().removeprefix("```yaml\n").removesuffix("```"))
     workspace.run("git", "add", "pipeline/conf")
     try:
-        command = ("dvc", "exp", "run", "--temp", "-n", "joined", "-S", f"+optimizer={name}", "-S", "device=cpu")
-        trained = {stage for stage in stages_run(workspace.run(*command)) if stage.startswith("train@")}
-        assert trained == training_stages(name)
+        command = ("dvc", "exp", "run", "--temp", "-n", "joined", "-S", f"+optimizer={name}")
+        assert stages_run(workspace.run(*command)) == {*training_stages(name), "aggregate"}
         assert list(experiments(workspace)["joined"]["metrics"]["digits_cnn"]) == ["sgd", "kfac", name]
     finally:
         workspace.run("git", "reset", "--quiet", "--hard")
