@@ -260,7 +260,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         others = self._first_order_groups()
         finite = self._all_finite(gradients, others)
         self.stats = {"skipped": 1.0 - finite.float()}
-        if finite.device.type == "cpu" and not finite.numpy():  # on other devices nobody waits to look
+        if _seen_broken(finite):
             self._arm()
             return value
         with self.phase("statistics"):
@@ -473,6 +473,11 @@ def _no_phase(name: str) -> AbstractContextManager:
 def _call(method: weakref.WeakMethod, batch: Batch) -> bool:
     bound = method()
     return bound is not None and bound(batch)
+
+
+def _seen_broken(finite: Tensor) -> bool:
+    """Whether the host sees without waiting that a step is to be skipped; elsewhere than on a CPU it never looks."""
+    return finite.device.type == "cpu" and not finite.numpy()
 
 
 def _trace(matrix: Tensor) -> Tensor:

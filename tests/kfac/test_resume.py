@@ -267,3 +267,31 @@ def test_an_unknown_argument_is_refused() -> None:
     for optimizer in (KFAC, EKFAC, GKFAC):
         with pytest.raises(TypeError, match="TInv"):
             optimizer(problem.model, loss=problem.criterion, TInv=10)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("setting", ["self-tuning", "fixed"])
+def test_a_step_that_the_host_does_not_see_to_be_broken_changes_nothing_either(
+    optimizer: Any, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host does not look, and every change is undone on the device."""
+    monkeypatch.setattr("kfac.optimizer._seen_broken", lambda finite: False)
+    problem = noisy_problem()
+    used = optimizer(problem.model, loss=problem.criterion, **SETTINGS[setting])
+    for _ in range(6):
+        truth.step(used, problem)
+    before = weights(problem)
+    factors = {name: (layer.A.clone(), layer.G.clone()) for name, layer in used.curvature().items()}
+    buffers = [s["momentum_buffer"].clone() for s in used.state.values() if "momentum_buffer" in s]
+    good = problem.inputs
+    problem.inputs = good * math.nan
+    truth.step(used, problem)
+    problem.inputs = good
+    assert torch.equal(weights(problem), before) and float(used.stats["skipped"]) == 1
+    for name, (a, g) in factors.items():
+        assert torch.equal(used.curvature()[name].A, a) and torch.equal(used.curvature()[name].G, g)
+    after = [s["momentum_buffer"] for s in used.state.values() if "momentum_buffer" in s]
+    assert buffers and all(torch.equal(x, y) for x, y in zip(buffers, after, strict=True))
+    for _ in range(10):
+        truth.step(used, problem)
+        assert weights(problem).isfinite().all()
