@@ -44,4 +44,4 @@ lint: $(READY)  ## ruff and mypy
 
 lock: $(READY)  ## compile requirements.lock from pyproject.toml
 	python -m uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --all-extras \
-	  --no-emit-index-url --output-file requirements.lock pyproject.toml
+	  --output-file requirements.lock pyproject.toml

@@ -26,6 +26,7 @@ from .fallback import FALLBACK_LR, Fallback
 from .layers import LinearBlock, find_blocks
 from .options import Options, check_options, value_at
 from .rules import FixedRule, Plan, Problem, SelfTuningRule
+from .skipping import Skipped, seen_broken
 from .state import BlockState, LayerCurvature
 
 EARLY_STEPS = 5  # the self-tuning rule renews everything at each of its first steps
@@ -150,7 +151,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._damping: Tensor | None = None
         self._mean_curvature: Tensor | None = None
         self._warned: set[str] = set()
-        self._skipped: _Skipped | None = None
+        self._skipped: Skipped | None = None
         weak = weakref.WeakMethod(self._receive)
         self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch))
         self._arm()
@@ -260,7 +261,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         others = self._first_order_groups()
         finite = self._all_finite(gradients, others)
         self.stats = {"skipped": 1.0 - finite.float()}
-        if _seen_broken(finite):
+        if seen_broken(finite):
             self._arm()
             return value
         with self.phase("statistics"):
@@ -279,7 +280,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             state.age += 1
         self._steps += 1
         if finite.device.type != "cpu":
-            self._skipped = _Skipped(finite)
+            self._skipped = Skipped(finite)
         self._arm()
         return value
 
@@ -475,28 +476,5 @@ def _call(method: weakref.WeakMethod, batch: Batch) -> bool:
     return bound is not None and bound(batch)
 
 
-def _seen_broken(finite: Tensor) -> bool:
-    """Whether the host sees without waiting that a step is to be skipped; elsewhere than on a CPU it never looks."""
-    return finite.device.type == "cpu" and not finite.numpy()
-
-
 def _trace(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-class _Skipped:
-    """Whether a step was skipped, for a host that learns it once the device has got there, and never waits."""
-
-    def __init__(self, finite: Tensor):
-        pinned = finite.device.type == "cuda"
-        self._finite = torch.empty((), dtype=torch.bool, pin_memory=pinned)
-        self._finite.copy_(finite, non_blocking=pinned)
-        self._event = torch.cuda.Event() if pinned else None
-        if self._event is not None:
-            self._event.record()
-
-    def known(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def value(self) -> bool:
-        return not self._finite.numpy()

@@ -275,7 +275,7 @@ def test_a_step_that_the_host_does_not_see_to_be_broken_changes_nothing_either(
     optimizer: Any, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the host does not look, and every change is undone on the device."""
-    monkeypatch.setattr("kfac.optimizer._seen_broken", lambda finite: False)
+    monkeypatch.setattr("kfac.optimizer.seen_broken", lambda finite: False)
     problem = noisy_problem()
     used = optimizer(problem.model, loss=problem.criterion, **SETTINGS[setting])
     for _ in range(6):
