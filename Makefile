@@ -17,6 +17,10 @@ $(READY): requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; allowed: make PYTHON=python3.x ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@if [ -e .git ] && ! git config user.email > /dev/null; then \
+	  git config --local user.name 'kfac benchmark' && git config --local user.email benchmark@localhost && \
+	  echo 'Git has no identity, and dvc exp run stores experiments as commits: this repository now uses benchmark@localhost'; \
+	fi
 	@touch $@
 
 repro: $(READY)  ## run the benchmark (dvc repro) and print the comparison
