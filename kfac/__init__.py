@@ -4,5 +4,6 @@ from . import diagnostics
 from .ekfac import EKFAC
 from .gkfac import GKFAC
 from .kfac import KFAC
+from .preconditioner import Preconditioner
 
-__all__ = ["EKFAC", "GKFAC", "KFAC", "diagnostics"]
+__all__ = ["EKFAC", "GKFAC", "KFAC", "Preconditioner", "diagnostics"]

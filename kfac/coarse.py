@@ -76,10 +76,10 @@ def curvature_times(layers: Layers, vectors: Sequence[Tensor], s: Tensor) -> lis
     return out
 
 
-def block_gram(spaces: Sequence[Tensor]) -> Tensor:
-    """R0 R0^T [L * I, L * I]: block-diagonal, since every coarse vector lives in one layer."""
+def block_gram(spaces: Sequence[Tensor], dampings: Sequence[Tensor]) -> Tensor:
+    """R0 diag(damping) R0^T [L * I, L * I]: block-diagonal, since every coarse vector lives in one layer."""
     flat = [space.flatten(1) for space in spaces]
-    return torch.block_diag(*[rows @ rows.T for rows in flat])
+    return torch.block_diag(*[damping * (rows @ rows.T) for rows, damping in zip(flat, dampings, strict=True)])
 
 
 def restrict(spaces: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:

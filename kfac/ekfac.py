@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,67 @@ from . import factors, linalg
 from .collect import Rows
 from .kfac import decompose, solve_in_eigenbasis
 from .layers import LinearBlock
+from .method import Method
 from .optimizer import KroneckerOptimizer
-from .options import Options, check_options, value_at
+from .options import Options, check_options, dtype_of, value_at
 from .state import BlockState
+
+if TYPE_CHECKING:
+    from .curvature import Curvature
+
+
+class KroneckerEigenMethod(Method):
+    """F_l = (Q_g (x) Q_a) diag(s) (Q_g (x) Q_a)^T; arguments as in `EKFAC`."""
+
+    keeps_rows = True
+
+    def __init__(
+        self,
+        scale_interval: int | Callable[[int], int] | None = None,
+        preconditioning_dtype: torch.dtype | str | None = None,
+    ):
+        check_options({"scale_interval": scale_interval, "preconditioning_dtype": preconditioning_dtype})
+        self.scale_interval, self.dtype = scale_interval, dtype_of(preconditioning_dtype)
+        self._scales_at = -1
+
+    def refresh(self, block: LinearBlock, state: BlockState, damping: Tensor) -> Tensor:
+        old = dict(state.solver)
+        failed = decompose(state, damping)
+        if old:
+            overlap_g = state.solver["basis_g"].mT @ old["basis_g"]
+            overlap_a = state.solver["basis_a"].mT @ old["basis_a"]
+            state.solver["scales"] = linalg.carry_scales(old["scales"], overlap_g, overlap_a)
+        else:
+            state.solver["scales"] = state.solver["values"].clone()
+            state.solver["scale_count"] = torch.zeros_like(state.count)
+        return failed
+
+    def after_statistics(self, curvature: Curvature, rows: list[Rows], finite: Tensor) -> None:
+        interval = value_at(self.scale_interval or 1, curvature.step)
+        if self._scales_at >= 0 and curvature.step - self._scales_at < interval:
+            return
+        for block, state in curvature.states.items():
+            own = [part.layers[block] for part in rows if block in part.layers]
+            if not own or not state.solver:
+                continue
+            basis_g, basis_a = state.solver["basis_g"], state.solver["basis_a"]
+            new = torch.stack(
+                [factors.squared_gradients(a @ basis_a[:, None], g @ basis_g[:, None, None]) for a, g in own]
+            ).sum(0)
+            state.solver["scale_count"] += finite
+            count = state.solver["scale_count"]
+            factors.update_average(state.solver["scales"], new, count, curvature.stat_decay, finite)
+        self._scales_at = curvature.step
+
+    def solve(self, block: LinearBlock, state: BlockState, matrix: Tensor) -> Tensor:
+        divisor = state.solver["scales"] + state.damping_a[:, None, None]
+        return solve_in_eigenbasis(state, matrix, divisor, self.dtype)
+
+    def save(self) -> dict[str, Any]:
+        return {"scales_at": self._scales_at}
+
+    def load(self, saved: dict[str, Any], blocks: dict[str, LinearBlock], device: torch.device) -> None:
+        self._scales_at = saved["scales_at"]
 
 
 class EKFAC(KroneckerOptimizer):
@@ -30,8 +88,6 @@ class EKFAC(KroneckerOptimizer):
             only, and None is at each of those.
     """
 
-    keeps_rows = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -40,43 +96,5 @@ class EKFAC(KroneckerOptimizer):
         scale_interval: int | Callable[[int], int] | None = None,
         **options: Unpack[Options],
     ):
-        check_options({"scale_interval": scale_interval})
-        self.scale_interval = scale_interval
-        self._scales_at = -1
+        self._method = KroneckerEigenMethod(scale_interval, options.get("preconditioning_dtype"))
         super().__init__(model, loss=loss, **options)
-
-    def _refresh(self, block: LinearBlock, state: BlockState, damping: Tensor) -> Tensor:
-        old = dict(state.solver)
-        failed = decompose(state, damping)
-        if old:
-            overlap_g = state.solver["basis_g"].mT @ old["basis_g"]
-            overlap_a = state.solver["basis_a"].mT @ old["basis_a"]
-            state.solver["scales"] = linalg.carry_scales(old["scales"], overlap_g, overlap_a)
-        else:
-            state.solver["scales"] = state.solver["values"].clone()
-            state.solver["scale_count"] = torch.zeros_like(state.count)
-        return failed
-
-    def _after_statistics(self, rows: list[Rows], finite: Tensor) -> None:
-        if self._scales_at >= 0 and self._steps - self._scales_at < value_at(self.scale_interval or 1, self._steps):
-            return
-        for block, state in self._states.items():
-            own = [part.layers[block] for part in rows if block in part.layers]
-            if not own or not state.solver:
-                continue
-            basis_g, basis_a = state.solver["basis_g"], state.solver["basis_a"]
-            new = torch.stack(
-                [factors.squared_gradients(a @ basis_a[:, None], g @ basis_g[:, None, None]) for a, g in own]
-            ).sum(0)
-            state.solver["scale_count"] += finite
-            factors.update_average(state.solver["scales"], new, state.solver["scale_count"], self.stat_decay, finite)
-        self._scales_at = self._steps
-
-    def _solve(self, block: LinearBlock, state: BlockState, matrix: Tensor) -> Tensor:
-        return solve_in_eigenbasis(state, matrix, state.solver["scales"] + state.damping_a[:, None, None])
-
-    def _save_method(self) -> dict:
-        return {"scales_at": self._scales_at}
-
-    def _load_method(self, saved: dict) -> None:
-        self._scales_at = saved["scales_at"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ class Fallback:
         self._adamw.param_groups = []
         self._moved: list[tuple[nn.Parameter, Tensor]] = []
 
-    def group(self, parameters: list[nn.Parameter], lr: float = FALLBACK_LR) -> dict[str, Any]:
+    @property
+    def settings(self) -> list[str]:
+        """The names of a group's settings."""
+        return list(self._adamw.defaults)
+
+    def group(self, parameters: Sequence[Any], lr: float = FALLBACK_LR) -> dict[str, Any]:
         """A parameter group with AdamW's settings."""
         return {**self._adamw.defaults, "params": parameters, "lr": lr, "first_order": True}
 

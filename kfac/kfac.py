@@ -9,9 +9,27 @@ from torch import Tensor, nn
 
 from . import linalg
 from .layers import LinearBlock
+from .method import Method
 from .optimizer import KroneckerOptimizer
-from .options import Options, check_options
+from .options import Options, check_options, dtype_of
 from .state import BlockState
+
+
+class KroneckerMethod(Method):
+    """F_l = G_l (x) A_l, inverted block by block; `solver` and `dtype` as in `KFAC`."""
+
+    def __init__(self, solver: str = "cholesky", preconditioning_dtype: torch.dtype | str | None = None):
+        check_options({"solver": solver, "preconditioning_dtype": preconditioning_dtype})
+        self.solver, self.dtype = solver, dtype_of(preconditioning_dtype)
+
+    def refresh(self, block: LinearBlock, state: BlockState, damping: Tensor) -> Tensor:
+        return invert(state, damping, self.dtype) if self.solver == "cholesky" else decompose(state, damping)
+
+    def solve(self, block: LinearBlock, state: BlockState, matrix: Tensor) -> Tensor:
+        if self.solver == "cholesky":
+            inverse_g, inverse_a = state.solver["inverse_g"], state.solver["inverse_a"]
+            return (inverse_g @ matrix.to(inverse_g.dtype) @ inverse_a).to(matrix.dtype)
+        return solve_in_eigenbasis(state, matrix, state.solver["values"] + state.damping_a[:, None, None], self.dtype)
 
 
 class KFAC(KroneckerOptimizer):
@@ -31,45 +49,49 @@ class KFAC(KroneckerOptimizer):
     """
 
     def __init__(self, model: nn.Module, *, loss: nn.Module, solver: str = "cholesky", **options: Unpack[Options]):
-        check_options({"solver": solver})
-        self.solver = solver
+        self._method = KroneckerMethod(solver, options.get("preconditioning_dtype"))
         super().__init__(model, loss=loss, **options)
 
-    def _refresh(self, block: LinearBlock, state: BlockState, damping: Tensor) -> Tensor:
-        return (
-            invert(state, damping, self.preconditioning_dtype)
-            if self.solver == "cholesky"
-            else decompose(state, damping)
-        )
 
-    def _solve(self, block: LinearBlock, state: BlockState, matrix: Tensor) -> Tensor:
-        if self.solver == "cholesky":
-            inverse_g, inverse_a = state.solver["inverse_g"], state.solver["inverse_a"]
-            return (inverse_g @ matrix.to(inverse_g.dtype) @ inverse_a).to(matrix.dtype)
-        return solve_in_eigenbasis(state, matrix, state.solver["values"] + state.damping_a[:, None, None])
+FLOAT64_RUNG = 2  # failures of a block before its inverse is tried in float64
 
 
 def invert(state: BlockState, damping: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Damped inverses of both factors into `state.solver`; a failure keeps the last ones and adds jitter next time."""
+    """Damped inverses of both factors into `state.solver`; returns 1 where that failed.
+
+    A failure keeps the last inverses. The next try has ten times the damping, one after two failures float64 too; a
+    success takes a tenth of a power of ten back.
+    """
     state.pi = linalg.balance(state.A, state.G)
-    root = (damping * 10**state.jitter).sqrt()
+    root = (damping * 10 ** state.jitter.ceil()).sqrt()
     state.damping_a, state.damping_g = state.pi * root, root / state.pi
-    inverse_a, good_a = linalg.damped_inverse(state.A, state.damping_a)
-    inverse_g, good_g = linalg.damped_inverse(state.G, state.damping_g)
+    exact = torch.float64 if state.rung >= FLOAT64_RUNG and state.A.device.type != "mps" else state.A.dtype
+    inverse_a, good_a = linalg.damped_inverse(state.A.to(exact), state.damping_a.to(exact))
+    inverse_g, good_g = linalg.damped_inverse(state.G.to(exact), state.damping_g.to(exact))
+    inverse_a, inverse_g = inverse_a.to(state.A.dtype), inverse_g.to(state.G.dtype)
     good = good_a & good_g
     last = state.solver or {"inverse_a": _identity(state.A), "inverse_g": _identity(state.G)}
     state.solver = {
         "inverse_a": torch.where(good, inverse_a, last["inverse_a"].to(inverse_a.dtype)).to(dtype or inverse_a.dtype),
         "inverse_g": torch.where(good, inverse_g, last["inverse_g"].to(inverse_g.dtype)).to(dtype or inverse_g.dtype),
     }
-    state.jitter = torch.where(good, 0.0, state.jitter + 1)
+    state.jitter = torch.where(good, (state.jitter - 0.1).clamp_min(0), state.jitter.ceil() + 1)
     return 1.0 - good.to(state.A.dtype)
 
 
 def decompose(state: BlockState, damping: Tensor) -> Tensor:
-    """Eigenbases of both factors and the outer product of their eigenvalues into `state.solver`."""
-    values_a, basis_a = linalg.eigenbasis(state.A)
-    values_g, basis_g = linalg.eigenbasis(state.G)
+    """Eigenbases of both factors and the outer product of their eigenvalues into `state.solver`.
+
+    Where eigenvectors do not converge, in float64 neither, the last ones stay; returns 1 then.
+    """
+    try:
+        values_a, basis_a = linalg.eigenbasis(state.A)
+        values_g, basis_g = linalg.eigenbasis(state.G)
+    except torch.linalg.LinAlgError:
+        if state.solver:
+            return damping.new_ones(())
+        values_a, basis_a = state.A.diagonal(dim1=-2, dim2=-1), _identity(state.A)
+        values_g, basis_g = state.G.diagonal(dim1=-2, dim2=-1), _identity(state.G)
     state.pi = linalg.balance(state.A, state.G)
     state.damping_a = state.damping_g = damping.expand(state.A.shape[0])
     values = values_g[:, :, None] * values_a[:, None, :]
@@ -77,10 +99,12 @@ def decompose(state: BlockState, damping: Tensor) -> Tensor:
     return damping.new_zeros(())
 
 
-def solve_in_eigenbasis(state: BlockState, matrix: Tensor, divisor: Tensor) -> Tensor:
-    """Q_g [(Q_g^T V Q_a) / divisor] Q_a^T."""
-    basis_g, basis_a = state.solver["basis_g"], state.solver["basis_a"]
-    return basis_g @ ((basis_g.mT @ matrix @ basis_a) / divisor) @ basis_a.mT
+def solve_in_eigenbasis(state: BlockState, matrix: Tensor, divisor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Q_g [(Q_g^T V Q_a) / divisor] Q_a^T, the products in `dtype`."""
+    used = dtype or matrix.dtype
+    basis_g, basis_a = state.solver["basis_g"].to(used), state.solver["basis_a"].to(used)
+    projected = (basis_g.mT @ matrix.to(used) @ basis_a).to(matrix.dtype) / divisor
+    return (basis_g @ projected.to(used) @ basis_a.mT).to(matrix.dtype)
 
 
 def _identity(matrix: Tensor) -> Tensor:

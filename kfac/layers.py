@@ -13,7 +13,7 @@ patch that each of them sees (Grosse & Martens 2016, arXiv 1602.01407).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,12 @@ class LinearBlock:
         g = g.to(self.weight.dtype)
         return g.reshape(1, g.shape[0] if g.dim() > 1 else 1, -1, g.shape[-1])
 
-    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A weight-shaped and a bias-shaped tensor as one matrix [K, d_out, d_in]."""
+    def matrix(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Tensors shaped as `parameters` (None for zeros) as one matrix [K, d_out, d_in]."""
         groups, d_out, _ = self.shape
-        matrix = weight.reshape(groups, d_out, -1)
-        return matrix if bias is None else torch.cat([matrix, bias.reshape(groups, d_out, 1)], dim=2)
+        full = [torch.zeros_like(p) if x is None else x for x, p in zip(tensors, self.parameters, strict=True)]
+        matrix = full[0].reshape(groups, d_out, -1)
+        return matrix if len(full) == 1 else torch.cat([matrix, full[1].reshape(groups, d_out, 1)], dim=2)
 
     def tensors(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of `matrix`: tensors shaped as `parameters`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -29,9 +29,14 @@ class Options(TypedDict, total=False):
     inverse_interval: int | Callable[[int], int] | None
     preconditioning_dtype: torch.dtype | str | None
     generator: torch.Generator | None
+    groups: Sequence[dict[str, Any]] | None
+    sharing: str | Mapping[str, str]
+    max_factor_size: int
+    adapt_damping: bool
 
 
 FISHERS = ("auto", "exact", "sampled", "empirical")
+SHARINGS = ("expand", "reduce")
 
 
 def _number(value: Any) -> bool:
@@ -71,6 +76,21 @@ _RANGES: dict[str, _Range] = {
         "None, a torch.dtype or the name of one",
     ),
     "generator": (lambda v: v is None or isinstance(v, torch.Generator), "None or a torch.Generator"),
+    "groups": (
+        lambda v: v is None or (isinstance(v, Sequence) and all(isinstance(g, dict) and "params" in g for g in v)),
+        'None or a list of dicts, each with "params"',
+    ),
+    "sharing": (
+        lambda v: (
+            all(x in SHARINGS for x in v.values())
+            if isinstance(v, Mapping)
+            else isinstance(v, str) and v in SHARINGS
+        ),
+        "expand, reduce, or a dict from layer names (globs) to these",
+    ),
+    "max_factor_size": (lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
+    "adapt_damping": (lambda v: isinstance(v, bool), "True or False"),
+    "method": (lambda v: v in ("kfac", "ekfac", "gkfac"), "one of kfac, ekfac, gkfac"),
     "solver": (lambda v: v in ("cholesky", "eigh"), "one of cholesky, eigh"),
     "coarse_space": (lambda v: v in ("krylov", "constant"), "one of krylov, constant"),
     "combination": (lambda v: v in ("deflated", "additive"), "one of deflated, additive"),
@@ -89,3 +109,8 @@ def check_options(options: dict[str, Any]) -> None:
 def value_at(value: Any, step: int) -> Any:
     """A number, or a callable of the step, at a step."""
     return value(step) if callable(value) else value
+
+
+def dtype_of(value: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype given by itself or by its name in torch."""
+    return getattr(torch, value) if isinstance(value, str) else value

@@ -64,6 +64,13 @@ class FixedRule:
     def __init__(self, kl_clip: float | None):
         self.kl_clip = kl_clip
 
+    def save(self) -> dict[str, Tensor]:
+        """What the rule remembers between steps: nothing."""
+        return {}
+
+    def load(self, saved: dict[str, Tensor], device: torch.device) -> None:
+        """Take over what `save` gave."""
+
     def __call__(self, problem: Problem) -> Plan:
         groups = problem.groups
         inputs = zip(problem.gradients, problem.buffers, groups, strict=True)
@@ -94,6 +101,14 @@ class SelfTuningRule:
     def __init__(self, max_decrease: float, warmup: int, max_growth: float, floor: float):
         self.max_decrease, self.warmup, self.max_growth, self.floor = max_decrease, warmup, max_growth, floor
         self.alpha_mean: Tensor | None = None
+
+    def save(self) -> dict[str, Tensor]:
+        """What the rule remembers between steps."""
+        return {} if self.alpha_mean is None else {"alpha_mean": self.alpha_mean}
+
+    def load(self, saved: dict[str, Tensor], device: torch.device) -> None:
+        """Take over what `save` gave, as copies on `device`."""
+        self.alpha_mean = saved["alpha_mean"].to(device, copy=True) if saved else None
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.loss is not None

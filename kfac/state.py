@@ -17,8 +17,8 @@ class BlockState:
     """The running averages of one layer and the solver's tensors; K is the number of groups of a convolution.
 
     A: [K, d_in, d_in], G: [K, d_out, d_out]; `count` statistics steps went into them. `damping_a`, `damping_g` and
-    `pi` are [K]. `jitter` counts the failures in a row of the inverse. `age` is the number of steps since the solver
-    was renewed.
+    `pi` are [K]. `jitter` is the number of powers of ten that failed inverses have added to the damping, `rung` how
+    many failures the host has learnt of. `age` is the number of steps since the solver was renewed.
     """
 
     A: Tensor
@@ -29,13 +29,13 @@ class BlockState:
     pi: Tensor
     jitter: Tensor
     solver: dict[str, Tensor] = field(default_factory=dict)
-    seen: bool = False
+    rung: int = 0
     age: int = 0
 
     @classmethod
     def of(cls, block: LinearBlock) -> BlockState:
         k, d_out, d_in = block.shape
-        like = block.weight
+        like = block.parameters[0]
         return cls(
             A=like.new_zeros(k, d_in, d_in),
             G=like.new_zeros(k, d_out, d_out),
@@ -46,12 +46,12 @@ class BlockState:
             jitter=like.new_zeros(()),
         )
 
-    def save(self) -> dict[str, Tensor | bool | int]:
+    def save(self) -> dict[str, Tensor | int]:
         """Plain tensors and numbers; the solver's tensors under "solver.<name>"."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        return tensors | {f"solver.{k}": v for k, v in self.solver.items()} | {"seen": self.seen, "age": self.age}
+        return tensors | {f"solver.{k}": v for k, v in self.solver.items()} | {"rung": self.rung, "age": self.age}
 
-    def load(self, saved: dict[str, Tensor | bool | int], device: torch.device) -> None:
+    def load(self, saved: dict[str, Tensor | int], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""
         self.solver = {}
         for name, value in saved.items():

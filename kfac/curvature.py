@@ -1,0 +1,343 @@
+"""The engine that optimizers and `Preconditioner` share: a model's Kronecker-factored curvature, kept up to date.
+
+Inside the user's backward it collects statistics (capture.py, collect.py); once a step it averages them (factors.py),
+chooses the damping and lets a method (method.py) renew its preconditioners. A step is then
+
+    arm -> forward, backward -> gather -> update -> directions -> finish
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import factors, quadratic
+from .capture import Batch, Capture
+from .collect import Collector
+from .later import Later
+from .layers import LinearBlock, find_blocks
+from .method import Method
+from .options import value_at
+from .state import BlockState, LayerCurvature
+
+
+class Curvature:
+    """Statistics, damping and preconditioners of all blocks of a model.
+
+    Args:
+        model, loss, damping, relative_damping, fisher, fisher_samples, generator: as in `KroneckerOptimizer`.
+        method: makes preconditioners of factors.
+        stat_decay, factor_interval, inverse_interval: as in `KroneckerOptimizer`, but never None.
+        early_steps: at each of the first so many steps everything is renewed.
+        owner: the class that a warning names.
+
+    Attributes:
+        stats: what the last step measured, 0-dimensional tensors on the device.
+        trust: Levenberg-Marquardt factor on the damping, 0-dimensional, or None for 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: object,
+        method: Method,
+        *,
+        damping: float | Callable[[int], float] | None,
+        relative_damping: float,
+        fisher: str,
+        fisher_samples: int,
+        stat_decay: float,
+        factor_interval: int | Callable[[int], int],
+        inverse_interval: int | Callable[[int], int],
+        generator: torch.Generator | None,
+        early_steps: int = 0,
+        owner: str = "kfac",
+    ):
+        self.method = method
+        self.damping, self.relative_damping = damping, relative_damping
+        self.stat_decay, self.early_steps = stat_decay, early_steps
+        self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
+        self.stats: dict[str, Tensor] = {}
+        self.phase: Callable[[str], AbstractContextManager] = no_phase
+        self.blocks = list(find_blocks(model))
+        self.states: dict[LinearBlock, BlockState] = {}  # of the blocks that have statistics
+        self.step = 0
+        self.trust: Tensor | None = None
+        self.mean_curvature: Tensor | None = None
+        self.base_damping: Tensor | None = None
+        self.dampings: dict[LinearBlock, Tensor] = {}
+        self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows)
+        self._owner = owner
+        self._factors_at = self._inverses_at = -1
+        self._factors_due = self._inverses_due = False
+        self._warned: set[str] = set()
+        self._skipped: Later | None = None
+        self._failures: tuple[list[LinearBlock], Later] | None = None
+        weak = weakref.WeakMethod(self._receive)
+        self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch))
+
+    # Statistics.
+
+    def arm(self, model_due: bool) -> None:
+        """Decide what the coming step has to collect; `model_due` asks for rows of the quadratic model."""
+        if self._skipped is not None and self._skipped.known():
+            if not self._skipped.value():  # what was due then is due again
+                self._factors_at = self._inverses_at = -1
+            self._skipped = None
+        early = self.step < self.early_steps
+        self._factors_due = early or self._due(self._factors_at, self.factor_interval)
+        self._inverses_due = early or self._due(self._inverses_at, self.inverse_interval)
+        self.collector.factors_due, self.collector.model_due = self._factors_due, model_due
+        self.collector.clear()
+        self._capture.clear()
+        self._capture.active = bool(self.blocks) and (model_due or self._factors_due)
+
+    def _due(self, last: int, interval: int | Callable[[int], int]) -> bool:
+        return last < 0 or self.step - last >= value_at(interval, self.step)
+
+    def _receive(self, batch: Batch) -> bool:
+        with self.phase("statistics"):
+            return self.collector.receive(batch)
+
+    def paused(self) -> AbstractContextManager:
+        """A context in which forwards and backwards leave no statistics."""
+        return _Paused(self._capture)
+
+    def drop(self) -> None:
+        """Forget what was collected with gradients that are dropped; forwards whose backward is to come stay."""
+        self.collector.clear()
+
+    def gather(self, needs_loss: bool) -> None:
+        """Take what the backwards left; `needs_loss` says that the step cannot do without the criterion's value.
+
+        Raises:
+            RuntimeError: for `needs_loss` when another object than the given criterion was called.
+        """
+        if not self._capture.active:
+            return
+        if not self.collector.weights:
+            if any(block.parameters[0].grad is not None for block in self.blocks):
+                self.warn(
+                    "nothing",
+                    "statistics were due, but no forward and backward of the model came before this step",
+                )
+        elif not self.collector.losses and needs_loss:
+            raise RuntimeError(
+                "loss: the object given was not the one called before this step, and without lr= the step needs its "
+                "value; allowed: calling that object in the loop, or lr=<number>"
+            )
+        elif not self.collector.losses:
+            self.warn("root", "the object given as loss= was not the one called; the model's output serves instead")
+
+    def knows(self, block: LinearBlock) -> bool:
+        """Whether statistics of a block have arrived, at this step or before."""
+        return block in self.states or block in self.collector.sums
+
+    def finite(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Whether all that a step works on is finite: `tensors`, losses, new statistics; 0-dimensional bool."""
+        # A row that is not finite shows on the diagonal of its own outer product.
+        diagonals = [x.diagonal(dim1=-2, dim2=-1) for a, _, g in self.collector.sums.values() for x in (a, g)]
+        checked = [*tensors, *self.collector.losses, *diagonals]
+        if not checked:
+            return torch.ones((), dtype=torch.bool)
+        # A norm is finite only if every entry is, and one call takes them all.
+        return torch.stack(torch._foreach_norm(checked, torch.inf)).isfinite().all()
+
+    # Averages, damping, preconditioners.
+
+    def update(self, finite: Tensor, overrides: dict[LinearBlock, tuple[Any, float]] | None = None) -> None:
+        """Average the new statistics and renew the preconditioners where that is due.
+
+        Args:
+            finite: where it is False, averages stay as they were.
+            overrides: for a block its own damping (a number, a callable of the step, or None) and what an L2 term in
+                the objective adds to it.
+        """
+        self.stats = {"skipped": 1.0 - finite.float()}
+        with self.phase("statistics"):
+            self._update_averages(finite)
+        if self._inverses_due and self.states:
+            with self.phase("inverses"):
+                self._renew(overrides or {})
+        if self.collector.factor_rows:
+            with self.phase("statistics"):
+                self.method.after_statistics(self, self.collector.weighted(self.collector.factor_rows), finite)
+        if self.base_damping is not None and self.mean_curvature is not None:
+            self.stats |= {"damping": self.base_damping, "mean_curvature": self.mean_curvature}
+
+    def _update_averages(self, finite: Tensor) -> None:
+        for block, (outer_a, count, outer_g) in self.collector.sums.items():
+            if block not in self.states:
+                self.states[block] = BlockState.of(block)
+            state = self.states[block]
+            new_a, new_g = outer_a / count.clamp_min(1), outer_g / self.collector.norm()
+            state.count += finite
+            factors.update_average(state.A, new_a, state.count, self.stat_decay, finite)
+            factors.update_average(state.G, new_g, state.count, self.stat_decay, finite)
+
+    def _renew(self, overrides: dict[LinearBlock, tuple[Any, float]]) -> None:
+        """The damping and the preconditioners of all layers, from the present averages."""
+        self._climb()
+        traces = [_trace(state.A).mul(_trace(state.G)).sum() for state in self.states.values()]
+        self.mean_curvature = torch.stack(traces).sum() / sum(math.prod(block.shape) for block in self.states)
+        if self.damping is None:
+            self.base_damping = self.relative_damping * self.mean_curvature
+        else:
+            self.base_damping = torch.full_like(self.mean_curvature, value_at(self.damping, self.step))
+        if self.trust is not None:
+            self.base_damping = self.base_damping * self.trust
+        failed = []
+        for block, state in self.states.items():
+            own, l2 = overrides.get(block, (None, 0.0))
+            damping = self.base_damping
+            if own is not None:
+                damping = torch.full_like(damping, value_at(own, self.step))
+                damping = damping if self.trust is None else damping * self.trust
+            self.dampings[block] = damping = damping + l2
+            failed.append(self.method.refresh(block, state, damping))
+            state.age = 0
+        failures = torch.stack(failed)
+        self.stats["failed_inverses"] = failures.sum()
+        self._failures = (list(self.states), Later(failures))
+        self._climb()
+        self._inverses_at = self.step
+
+    def _climb(self) -> None:
+        """Learn, without waiting, which inverses failed last time: they are named once and may need float64."""
+        if self._failures is None or not self._failures[1].known():
+            return
+        blocks, later = self._failures
+        failed = [block for block, one in zip(blocks, later.value().tolist(), strict=True) if one]
+        for block in failed:
+            self.states[block].rung += 1
+        if failed:
+            names = ", ".join(block.name or "(model)" for block in failed)
+            self.warn("inverse", f"no damped inverse of {names}: the last one stays, the next try has more damping")
+        self._failures = None
+
+    def ready(self, block: LinearBlock) -> bool:
+        """Whether a block has a preconditioner."""
+        return block in self.states and bool(self.states[block].solver)
+
+    def directions(self, blocks: Sequence[LinearBlock], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Natural gradients (F + damping I)^-1 g, block by block, matrices [K, d_out, d_in]."""
+        return self.method.directions(self, list(blocks), list(gradients))
+
+    def quadratic_form(self, directions: dict[LinearBlock, Tensor]) -> Tensor:
+        """V^T F V for I directions V, given by blocks as [I, K, d_out, d_in], from this step's rows; [I, I]."""
+        width = next(iter(directions.values())).shape[0]
+        form = next(iter(directions.values())).new_zeros(width, width)
+        for rows in self.collector.model_rows:
+            products = [
+                quadratic.row_products(a, g, directions[block])
+                for block, (a, g) in rows.layers.items()
+                if block in directions
+            ]
+            if products:
+                s = torch.stack(products).sum(0)
+                form = form + s.mT @ s * (rows.weight / self.collector.norm())
+        return form
+
+    def finish(self, finite: Tensor) -> None:
+        """Count a step that was made."""
+        if self._factors_due and self.collector.weights:
+            self._factors_at = self.step
+        for state in self.states.values():
+            state.age += 1
+        self.step += 1
+        if finite.device.type != "cpu":
+            self._skipped = Later(finite)
+
+    # What users look at, save and load.
+
+    def layers(self) -> dict[str, LayerCurvature]:
+        """The running factors of every layer that has statistics, by the layer's name in the model."""
+        return {block.name: LayerCurvature.of(state) for block, state in self.states.items()}
+
+    def summary(self) -> list[str]:
+        """A line for each block."""
+        lines = [f"{'layer':32} {'block':12} {'A':>12} {'G':>12} {'parameters':>11} {'factors MiB':>12}"]
+        for block in self.blocks:
+            k, d_out, d_in = block.shape
+            times = f"{k}x" if k > 1 else ""
+            count = sum(p.numel() for p in block.parameters)
+            held = self.states[block].bytes() / 2**20 if block in self.states else 0.0
+            lines.append(
+                f"{block.name or '(model)':32} {block.kind:12} {f'{times}{d_in}^2':>12} {f'{times}{d_out}^2':>12} "
+                f"{count:11,} {held:12.2f}"
+            )
+        return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers, keyed by layer names."""
+        scalars = {"damping": self.base_damping, "mean_curvature": self.mean_curvature, "trust": self.trust}
+        return {
+            "steps": [self.step, self._factors_at, self._inverses_at],
+            "scalars": {name: value for name, value in scalars.items() if value is not None},
+            "dampings": {block.name: value for block, value in self.dampings.items()},
+            "generators": {str(d): g.get_state() for d, g in self.collector.generators.items()},
+            "blocks": [block.name for block in self.blocks],
+            "layers": {block.name: state.save() for block, state in self.states.items()},
+            "method": self.method.save(),
+        }
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError when the saved layers are not those of this model."""
+        if [block.name for block in self.blocks] != saved["blocks"]:
+            raise ValueError("state_dict: its layers are not those of the model")
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from `state_dict`, to the very same numbers."""
+        self.check(saved)
+        by_name = {block.name: block for block in self.blocks}
+        self.step, self._factors_at, self._inverses_at = saved["steps"]
+        device = self.blocks[0].parameters[0].device if self.blocks else torch.device("cpu")
+        scalars = {name: value.to(device, copy=True) for name, value in saved["scalars"].items()}
+        self.base_damping, self.mean_curvature = scalars.get("damping"), scalars.get("mean_curvature")
+        self.trust = scalars.get("trust")
+        self.dampings = {by_name[name]: value.to(device, copy=True) for name, value in saved["dampings"].items()}
+        for key, state in saved["generators"].items():
+            self.collector.generator(torch.device(key)).set_state(state.cpu())
+        self.states = {}
+        for name, state in saved["layers"].items():
+            self.states[by_name[name]] = BlockState.of(by_name[name])
+            self.states[by_name[name]].load(state, by_name[name].parameters[0].device)
+        self.method.load(saved["method"], by_name, device)
+        self._skipped = self._failures = None
+
+    def warn(self, key: str, message: str) -> None:
+        """Warn once for each key."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(f"{self._owner}: {message}", stacklevel=5)
+
+
+class _Paused:
+    def __init__(self, capture: Capture):
+        self._capture = capture
+
+    def __enter__(self) -> None:
+        self._active, self._capture.active = self._capture.active, False
+
+    def __exit__(self, *error: object) -> None:
+        self._capture.active = self._active
+
+
+def no_phase(name: str) -> AbstractContextManager:
+    return nullcontext()
+
+
+def _call(method: weakref.WeakMethod, batch: Batch) -> bool:
+    bound = method()
+    return bound is not None and bound(batch)
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
