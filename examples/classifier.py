@@ -55,7 +55,7 @@ def main():
     train, test = digits()
     model, criterion = network(), nn.CrossEntropyLoss()
     optimizer = KFAC(model, loss=criterion)  # tunes itself; `lr` is then a multiplier, 1.0, for schedulers
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=140)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[112], gamma=0.3)
     print(optimizer.summary())
 
     start = 0
@@ -78,8 +78,8 @@ def main():
         scheduler.step()
         if part == per_epoch - 1 or step == steps - 1:
             test_loss, accuracy = evaluate(model, criterion, test)
-            alpha = float(optimizer.stats["alpha"])
-            print(f"step {step + 1:4}  batch {loss.item():.6f}  test {test_loss:.4f}  {accuracy:.1%}  alpha {alpha:.3f}")
+            measured = f"loss {loss.item():.6f}  test loss {test_loss:.4f}  accuracy {accuracy:.1%}"
+            print(f"step {step + 1:4}  {measured}  alpha {optimizer.stats['alpha'].item():.3f}")
 
     if arguments.save:
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}

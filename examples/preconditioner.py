@@ -10,6 +10,7 @@ Problem: the autoencoder 64-128-64-32-8-32-64-128-64 on the 1,797 images of 8x8 
 
 import argparse
 import time
+from itertools import pairwise
 
 import torch
 from sklearn.datasets import load_digits
@@ -21,7 +22,7 @@ from kfac import Preconditioner
 def network():
     sizes = [64, 128, 64, 32, 8, 32, 64, 128, 64]
     model = nn.Sequential()
-    for i, (d_in, d_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (d_in, d_out) in enumerate(pairwise(sizes)):
         model.append(nn.Linear(d_in, d_out))
         nn.init.xavier_normal_(model[-1].weight, gain=5 / 3)
         nn.init.zeros_(model[-1].bias)
