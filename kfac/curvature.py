@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import factors, quadratic
-from .capture import Batch, Capture
+from . import compiling, factors, quadratic
+from .capture import Batch, Capture, without_autocast
 from .collect import Collector
 from .later import Later
 from .layers import LinearBlock, find_blocks
@@ -66,7 +66,7 @@ class Curvature:
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.stats: dict[str, Tensor] = {}
         self.phase: Callable[[str], AbstractContextManager] = no_phase
-        self.blocks = list(find_blocks(model))
+        self.blocks = list(find_blocks(compiling.unwrapped(model)))
         self.states: dict[LinearBlock, BlockState] = {}  # of the blocks that have statistics
         self.step = 0
         self.trust: Tensor | None = None
@@ -81,7 +81,8 @@ class Curvature:
         self._skipped: Later | None = None
         self._failures: tuple[list[LinearBlock], Later] | None = None
         weak = weakref.WeakMethod(self._receive)
-        self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch))
+        arguments = getattr(self.collector.curvature, "arguments", ((0, "input"),))
+        self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch), arguments)
 
     # Statistics.
 
@@ -109,6 +110,10 @@ class Curvature:
     def paused(self) -> AbstractContextManager:
         """A context in which forwards and backwards leave no statistics."""
         return _Paused(self._capture)
+
+    def unmixed(self) -> AbstractContextManager:
+        """A context for a step's own arithmetic, whatever autocast region the loop is in."""
+        return without_autocast(self.blocks[0].parameters[0].device) if self.blocks else nullcontext()
 
     def drop(self) -> None:
         """Forget what was collected with gradients that are dropped; forwards whose backward is to come stay."""
