@@ -224,19 +224,10 @@ class Capture:
         self._running: Forward | None = None  # between the root module's hooks
         self._numbers = itertools.count()
         self._task = -1
-        root = compiling.unwrapped(model)
-        handles = [
-            module.register_forward_hook(Hook(self, "_note_call", block), with_kwargs=True)
-            for block in self._blocks
-            for module in block.modules
-        ]
-        handles += [m.register_forward_pre_hook(Hook(self, "_hold_buffers")) for m in root.modules() if m._buffers]
-        handles.append(root.register_forward_pre_hook(Hook(self, "_start")))
-        handles.append(root.register_forward_hook(Hook(self, "_note_output")))
-        if isinstance(criterion, nn.Module):
-            criterion = compiling.unwrapped(criterion)
-            handles.append(criterion.register_forward_hook(Hook(self, "_note_criterion"), with_kwargs=True))
-        weakref.finalize(self, _remove, handles)
+        self._root = compiling.unwrapped(model)
+        self._criterion = compiling.unwrapped(criterion) if isinstance(criterion, nn.Module) else None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        weakref.finalize(self, _remove, self._handles)
 
     @property
     def active(self) -> bool:
@@ -245,8 +236,28 @@ class Capture:
 
     @active.setter
     def active(self, active: bool) -> None:
+        if active and not self._active:
+            self._register()
+        elif not active:
+            _remove(self._handles)
         self._active = active
         (compiling.arm if active else compiling.disarm)(self)
+
+    def _register(self) -> None:
+        """Hooks are there only while they are needed: at all other steps the model costs, compiles and scripts as is."""
+        for block in self._blocks:
+            for module in block.modules:
+                # Before hooks of others, which may replace the output.
+                hook = Hook(self, "_note_call", block)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        for module in self._root.modules():
+            if module._buffers:
+                self._handles.append(module.register_forward_pre_hook(Hook(self, "_hold_buffers")))
+        self._handles.append(self._root.register_forward_pre_hook(Hook(self, "_start")))
+        self._handles.append(self._root.register_forward_hook(Hook(self, "_note_output")))
+        if self._criterion is not None:
+            hook = Hook(self, "_note_criterion")
+            self._handles.append(self._criterion.register_forward_hook(hook, with_kwargs=True))
 
     def clear(self) -> None:
         """Forget forward passes whose backward has not come."""
@@ -432,5 +443,5 @@ def _walk(
 
 
 def _remove(handles: list) -> None:
-    for handle in handles:
-        handle.remove()
+    while handles:
+        handles.pop().remove()
