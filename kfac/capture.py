@@ -404,10 +404,12 @@ def _transformed() -> bool:
 
 
 def _leaves(output: Any) -> Iterator[Any]:
-    """What a network's output consists of; positions are those of pytree leaves but for dataclasses, which are one."""
+    """What a network's output consists of: the leaves of its pytree, and of containers that pytree does not know."""
     for leaf in tree_leaves(output):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _leaves(list(vars(leaf).values()))
+            leaf = vars(leaf)
+        if isinstance(leaf, (dict, list, tuple)):
+            yield from _leaves(list(leaf.values()) if isinstance(leaf, dict) else list(leaf))
         else:
             yield leaf
 
