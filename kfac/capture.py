@@ -58,7 +58,7 @@ class Forward:
     """The calls of one forward pass, and where the network's outputs lie in the graph.
 
     `outputs` are the edges of all tensors that the root module returned, by their position in it; `tensors` are weak.
-    `hidden` are layers that ran without a graph only; `seen` is the first set of outputs that a criterion was called on, and
+    `hidden` are layers that ran without a graph only; `seen` are the outputs on which a criterion was called first, and
     `awaited` counts the criterion's calls whose backward has not come.
     """
 
@@ -244,7 +244,7 @@ class Capture:
         (compiling.arm if active else compiling.disarm)(self)
 
     def _register(self) -> None:
-        """Hooks are there only while they are needed: at all other steps the model costs, compiles and scripts as is."""
+        """Hooks are there only while they are needed: at all other steps the model runs and compiles as without us."""
         for block in self._blocks:
             for module in block.modules:
                 # Before hooks of others, which may replace the output.
@@ -431,7 +431,7 @@ def _walk(
         if (node, number) in outputs:
             found[node, number] = outputs[node, number]
             continue
-        behind = [edge for edge in node.next_functions if edge[0] is not None]
+        behind = [(before, index) for before, index in node.next_functions if before is not None]
         if node.name() == "_DDPSinkBackward":
             # Its outputs are the leaves of the network's output, number by number.
             owner = next((outputs[edge] for edge in behind if edge in outputs), None)

@@ -7,6 +7,7 @@ collected is disarmed. What was compiled stays compiled and serves again afterwa
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -36,10 +37,9 @@ def disarm(owner: object) -> None:
 
 def _release(key: int) -> None:
     _owners.pop(key, None)
-    try:
+    # Collected inside a compiled region, where stances are fixed, it leaves that to the next owner.
+    with contextlib.suppress(RuntimeError):
         _settle()
-    except RuntimeError:  # collected inside a compiled region, where stances are fixed: the next owner settles it
-        pass
 
 
 def _settle() -> None:

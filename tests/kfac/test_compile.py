@@ -123,8 +123,15 @@ def run_before(p: Problem, build: Callable[[nn.Module], Any], **how: Any) -> tup
 
 
 WAYS = [
-    compiled_outer, optimizer_first, compiled_inner, in_place_before, in_place_after, block_by_block, whole_loss, run_before
-]  # fmt: skip
+    compiled_outer,
+    optimizer_first,
+    compiled_inner,
+    in_place_before,
+    in_place_after,
+    block_by_block,
+    whole_loss,
+    run_before,
+]
 
 
 def train(used: Any, loss: Step, steps: int) -> list[float]:
