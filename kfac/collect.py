@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import factors, losses
+from . import distributed, factors, losses
 from .capture import Batch
 from .layers import LinearBlock
 
@@ -61,17 +61,35 @@ class Collector:
         self.weights: list[Tensor] = []
         self.shares: dict[int, Tensor] = {}  # what each forward pass has in the loss; auxiliary terms have none
         self.losses: list[Tensor] = []
+        self._totals: Tensor | None = None  # over all ranks: of the shares, how many there are, of weights times losses
 
     def norm(self) -> Tensor:
         """What weights are divided by, so that 1/k and an AMP scale drop out: their sum, or their mean for "sum"."""
-        shares = list(self.shares.values()) or self.weights
-        total = torch.stack(shares).sum()
-        return total if self.mean else total / len(shares)
+        shares, count, _ = self._sums_of_weights() if self._totals is None else self._totals.unbind()
+        return shares if self.mean else shares / count
 
     def loss(self) -> Tensor:
         """The criterion's value over all batches."""
-        weighted = [weight * value for weight, value in zip(self.weights, self.losses, strict=True)]
-        return torch.stack(weighted).sum() / self.norm()
+        return (self._sums_of_weights() if self._totals is None else self._totals)[2] / self.norm()
+
+    def _sums_of_weights(self) -> Tensor:
+        shares = torch.stack(list(self.shares.values()) or self.weights)
+        values = [weight * value for weight, value in zip(self.weights, self.losses, strict=False)]
+        value = torch.stack(values).sum() if values else torch.zeros_like(shares[0])
+        return torch.stack([shares.sum(), torch.full_like(value, len(shares)), value])
+
+    def values(self) -> list[Tensor]:
+        """What has to be finite beside the statistics."""
+        return self.losses if self._totals is None else [self._totals]
+
+    def share(self, group: Any) -> None:
+        """Sum over the ranks of a process group, each of which has called the same layers; alone without a group."""
+        if group is None or not self.weights:
+            return
+        tensors = [x for entry in self.sums.values() for x in entry]
+        *tensors, self._totals = distributed.sum_over_ranks([*tensors, self._sums_of_weights()], group)
+        triples = zip(*[iter(tensors)] * 3, strict=True)
+        self.sums = dict(zip(self.sums, triples, strict=True))
 
     def weighted(self, rows: list[Rows]) -> list[Rows]:
         """The batches' weights put into their gradient rows, so that rows of several batches add up."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compiling, factors, quadratic
+from . import compiling, distributed, factors, quadratic
 from .capture import Batch, Capture, without_autocast
 from .collect import Collector
 from .later import Later
@@ -117,7 +117,8 @@ class Curvature:
 
     def drop(self) -> None:
         """Forget what was collected with gradients that are dropped; forwards whose backward is to come stay."""
-        self.collector.clear()
+        if self._capture.active:  # paused, an evaluation drops gradients of its own
+            self.collector.clear()
 
     def gather(self, needs_loss: bool) -> None:
         """Take what the backwards left; `needs_loss` says that the step cannot do without the criterion's value.
@@ -127,6 +128,7 @@ class Curvature:
         """
         if not self._capture.active:
             return
+        self.collector.share(self._capture.process_group)
         if not self.collector.weights:
             if any(block.parameters[0].grad is not None for block in self.blocks):
                 self.warn(
@@ -149,7 +151,7 @@ class Curvature:
         """Whether all that a step works on is finite: `tensors`, losses, new statistics; 0-dimensional bool."""
         # A row that is not finite shows on the diagonal of its own outer product.
         diagonals = [x.diagonal(dim1=-2, dim2=-1) for a, _, g in self.collector.sums.values() for x in (a, g)]
-        checked = [*tensors, *self.collector.losses, *diagonals]
+        checked = [*tensors, *self.collector.values(), *diagonals]
         if not checked:
             return torch.ones((), dtype=torch.bool)
         # A norm is finite only if every entry is, and one call takes them all.
@@ -248,7 +250,11 @@ class Curvature:
             if products:
                 s = torch.stack(products).sum(0)
                 form = form + s.mT @ s * (rows.weight / self.collector.norm())
-        return form
+        return self.sum_over_ranks([form])[0]
+
+    def sum_over_ranks(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors summed over the processes of `DistributedDataParallel`."""
+        return distributed.sum_over_ranks(tensors, self._capture.process_group)
 
     def finish(self, finite: Tensor) -> None:
         """Count a step that was made."""

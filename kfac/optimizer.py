@@ -265,8 +265,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             finite,
             first_order,
             curvature.dampings[blocks[0]] if blocks else finite.new_zeros(()),
-            rows=collector.model_rows,
-            norm=collector.norm() if collector.weights else None,
+            form=curvature.quadratic_form,
             loss=collector.loss() if collector.losses else None,
             step=curvature.step,
         )
