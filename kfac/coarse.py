@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .quadratic import row_products
+from .rows import row_products, row_sums, row_times
 
 Layers = Sequence[tuple[Tensor, Tensor] | None]  # for each layer rows a [K, N, T, d_in] and g [K, M, N, T, d_out]
 
@@ -35,11 +35,11 @@ def products(layers: Layers, spaces: Sequence[Tensor]) -> Tensor:
 def constant_products(layers: Layers, sizes: Sequence[int]) -> Tensor:
     """S [M * N, L] for the constant vectors ones / sqrt(size): (1^T a)(1^T g) summed over positions."""
     rows = next(a.shape[1] * g.shape[1] for a, g in filter(None, layers))
-    like = next(a for a, _ in filter(None, layers))
+    like = next(g for _, g in filter(None, layers))
     columns = [
         like.new_zeros(rows)
         if layer is None
-        else torch.einsum("knt,kmnt->mn", layer[0].sum(-1), layer[1].sum(-1)).reshape(-1) / size**0.5
+        else torch.einsum("knt,kmnt->mn", *row_sums(*layer)).reshape(-1) / size**0.5
         for layer, size in zip(layers, sizes, strict=True)
     ]
     return torch.stack(columns, dim=1)
@@ -51,11 +51,12 @@ def kronecker_sums(layers: Layers) -> tuple[Tensor, Tensor]:
     An example's positions are averaged in A and summed in G, which needs no down-sampling between layers of
     different T.
     """
-    first = next(a for a, _ in filter(None, layers))
+    first = next(g for _, g in filter(None, layers))
     vectors = next(g.shape[1] for _, g in filter(None, layers))
-    n = first.shape[1]
-    sums_a = [first.new_zeros(n) if x is None else x[0].sum(-1).mean((0, 2)) for x in layers]
-    sums_g = [first.new_zeros(vectors * n) if x is None else x[1].sum(-1).sum((0, 3)).reshape(-1) for x in layers]
+    n = first.shape[2]
+    sums = [None if x is None else row_sums(*x) for x in layers]
+    sums_a = [first.new_zeros(n) if x is None else x[0].mean((0, 2)) for x in sums]
+    sums_g = [first.new_zeros(vectors * n) if x is None else x[1].sum((0, 3)).reshape(-1) for x in sums]
     a, g = torch.stack(sums_a, dim=1), torch.stack(sums_g, dim=1)
     return a.T @ a / n, g.T @ g
 
@@ -70,9 +71,7 @@ def curvature_times(layers: Layers, vectors: Sequence[Tensor], s: Tensor) -> lis
         if layer is None:
             out.append(torch.zeros_like(x))
             continue
-        a, g = layer
-        weighted = (s.reshape(1, g.shape[1], -1, 1, 1) * g).sum(1)
-        out.append(weighted.flatten(1, 2).mT @ a.flatten(1, 2))
+        out.append(row_times(*layer, s, x.shape[-1]))
     return out
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import coarse, factors
-from .collect import Rows
 from .kfac import KroneckerMethod
-from .layers import LinearBlock
+from .layers import Block
 from .optimizer import KroneckerOptimizer
 from .options import Options, check_options
+from .rows import Rows
 
 if TYPE_CHECKING:
     from .curvature import Curvature
@@ -55,7 +55,7 @@ class TwoLevelMethod(KroneckerMethod):
             factors.update_average(self._sums["a"], new_a, self._sums["count"], curvature.stat_decay, finite)
             factors.update_average(self._sums["g"], new_g, self._sums["count"], curvature.stat_decay, finite)
 
-    def directions(self, curvature: Curvature, blocks: list[LinearBlock], gradients: list[Tensor]) -> list[Tensor]:
+    def directions(self, curvature: Curvature, blocks: list[Block], gradients: list[Tensor]) -> list[Tensor]:
         x = super().directions(curvature, blocks, gradients)
         parts = [[part.layers.get(block) for block in blocks] for part in self._kept]
         parts = [layers for layers in parts if any(layer is not None for layer in layers)]
@@ -90,9 +90,7 @@ class TwoLevelMethod(KroneckerMethod):
         curvature.stats |= {"coarse_gain": gain, "coarse_residual": left}
         return [v + correction for v, correction in zip(x, coarse.prolong(spaces, y), strict=True)]
 
-    def _constant_fisher(
-        self, curvature: Curvature, blocks: list[LinearBlock], parts: list, spaces: list[Tensor]
-    ) -> Tensor:
+    def _constant_fisher(self, curvature: Curvature, blocks: list[Block], parts: list, spaces: list[Tensor]) -> Tensor:
         sizes = [space[0].numel() for space in spaces]
         if self.coarse_fisher == "exact":
             matrices = [coarse.constant_products(layers, sizes) for layers in parts]
@@ -106,7 +104,7 @@ class TwoLevelMethod(KroneckerMethod):
         kept = [{block.name: list(rows) for block, rows in part.layers.items()} for part in self._kept]
         return {"kept": kept, "sums": dict(self._sums)}
 
-    def load(self, saved: dict[str, Any], blocks: dict[str, LinearBlock], device: torch.device) -> None:
+    def load(self, saved: dict[str, Any], blocks: dict[str, Block], device: torch.device) -> None:
         self._kept = [
             Rows(
                 {blocks[name]: (a.to(device), g.to(device)) for name, (a, g) in part.items()},

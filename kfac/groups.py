@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .fallback import Fallback
-from .layers import LinearBlock
+from .layers import Block
 from .options import check_options
 
 KRONECKER_KEYS = ("params", "lr", "momentum", "weight_decay", "damping", "first_order")
@@ -30,7 +30,7 @@ def parameters_of(group: dict[str, Any]) -> list[nn.Parameter]:
 
 
 def split(
-    groups: Sequence[dict[str, Any]], blocks: Iterable[LinearBlock], model: nn.Module, fallback: Fallback
+    groups: Sequence[dict[str, Any]], blocks: Iterable[Block], model: nn.Module, fallback: Fallback
 ) -> list[dict[str, Any]]:
     """All groups of an optimizer: the default Kronecker group, the given ones, and the first-order ones at the end.
 

@@ -19,7 +19,7 @@ from . import groups as param_groups
 from .curvature import Curvature
 from .fallback import FALLBACK_LR, Fallback
 from .later import seen_broken
-from .layers import LinearBlock
+from .layers import Block
 from .levenberg import LevenbergMarquardt
 from .method import Method
 from .options import Options, check_options
@@ -136,6 +136,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             factor_interval=factor_interval if factor_interval is not None else 5 if tuned else 10,
             inverse_interval=inverse_interval if inverse_interval is not None else 10 if tuned else 100,
             generator=generator,
+            sharing=sharing,
+            max_factor_size=max_factor_size,
+            first_order=param_groups.first_order_ids(given),
+            instead=f"AdamW (lr {FALLBACK_LR}) trains them",
             early_steps=EARLY_STEPS if tuned else 0,
             owner=type(self).__name__,
         )
@@ -163,7 +167,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._arm()
 
     @property
-    def blocks(self) -> list[LinearBlock]:
+    def blocks(self) -> list[Block]:
         """The layers that have a curvature block."""
         return self._curvature.blocks
 
@@ -239,13 +243,13 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     def _update(
         self,
-        blocks: list[LinearBlock],
+        blocks: list[Block],
         groups: list[dict[str, Any]],
         gradients: list[Tensor],
         others: list[dict[str, Any]],
         finite: Tensor,
         group_of: dict[int, dict[str, Any]],
-    ) -> dict[LinearBlock, Tensor]:
+    ) -> dict[Block, Tensor]:
         """Move all parameters; returns the steps of the blocks."""
         curvature, collector = self._curvature, self._curvature.collector
         usable = [i for i, block in enumerate(blocks) if curvature.ready(block)]
@@ -295,7 +299,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             self._fallback.scale(plan.factor)
         self._curvature.stats |= plan.stats
 
-    def _gradient(self, block: LinearBlock, group_of: dict[int, dict[str, Any]]) -> Tensor:
+    def _gradient(self, block: Block, group_of: dict[int, dict[str, Any]]) -> Tensor:
         gradients = []
         for parameter in block.parameters:
             gradient = parameter.grad
@@ -308,7 +312,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """The weight decay that is part of the objective, and so of gradient and damping."""
         return 0.0 if self.decoupled_weight_decay else group["weight_decay"]
 
-    def _group_of(self, block: LinearBlock, group_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    def _group_of(self, block: Block, group_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
         for parameter in block.parameters:
             if id(parameter) not in group_of:
                 raise RuntimeError(f"param_groups: {self._names[id(parameter)]!r} of a layer is in none of them")
@@ -344,7 +348,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["first_order"]:
                 lines += [
-                    f"{self._names.get(id(p), '(added)'):32} {'AdamW':12} {'':12} {'':12} {p.numel():11,}"
+                    f"{self._names.get(id(p), '(added)'):32} {'AdamW':16} {'':12} {'':12} {p.numel():11,}"
                     for p in group["params"]
                 ]
         return "\n".join(lines)

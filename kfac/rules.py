@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import clip, quadratic
-from .layers import LinearBlock
+from .layers import Block
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Problem:
     a block add.
     """
 
-    blocks: list[LinearBlock]
+    blocks: list[Block]
     gradients: list[Tensor]
     buffers: list[Tensor]
     groups: list[dict[str, Any]]
@@ -34,7 +34,7 @@ class Problem:
     finite: Tensor
     first_order: Tensor
     damping: Tensor
-    form: Callable[[dict[LinearBlock, Tensor]], Tensor]
+    form: Callable[[dict[Block, Tensor]], Tensor]
     loss: Tensor | None
     step: int
 
