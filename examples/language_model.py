@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--small", action="store_true", help="4 steps of a tiny model: only to see that it runs")
     arguments = parser.parse_args()
     steps, width, batch = (4, 16, 8) if arguments.small else (arguments.steps, 64, 64)
