@@ -67,6 +67,8 @@ class Curvature:
         self.stats: dict[str, Tensor] = {}
         self.phase: Callable[[str], AbstractContextManager] = no_phase
         self.blocks = list(find_blocks(compiling.unwrapped(model)))
+        for block in self.blocks:
+            block.name = compiling.plain_name(block.name)
         self.states: dict[LinearBlock, BlockState] = {}  # of the blocks that have statistics
         self.step = 0
         self.trust: Tensor | None = None
@@ -180,11 +182,14 @@ class Curvature:
             self.stats |= {"damping": self.base_damping, "mean_curvature": self.mean_curvature}
 
     def _update_averages(self, finite: Tensor) -> None:
+        if not self.collector.sums:
+            return
+        norm = self.collector.norm()
         for block, (outer_a, count, outer_g) in self.collector.sums.items():
             if block not in self.states:
                 self.states[block] = BlockState.of(block)
             state = self.states[block]
-            new_a, new_g = outer_a / count.clamp_min(1), outer_g / self.collector.norm()
+            new_a, new_g = outer_a / count.clamp_min(1), outer_g / norm
             state.count += finite
             factors.update_average(state.A, new_a, state.count, self.stat_decay, finite)
             factors.update_average(state.G, new_g, state.count, self.stat_decay, finite)

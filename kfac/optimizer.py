@@ -151,7 +151,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         split = param_groups.split(given, self.blocks, model, self._fallback)
         if not split:
             raise ValueError("model: it has no parameter that requires a gradient")
-        self._names = {id(p): name for name, p in compiling.unwrapped(model).named_parameters()}
+        named = compiling.unwrapped(model).named_parameters()
+        self._names = {id(p): compiling.plain_name(name) for name, p in named}
         defaults = {
             "lr": 1.0 if lr is None else lr,
             "momentum": momentum,

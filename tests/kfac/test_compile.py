@@ -106,6 +106,12 @@ def block_by_block(p: Problem, build: Callable[[nn.Module], Any], **how: Any) ->
     return used, p.loss
 
 
+def children_replaced(p: Problem, build: Callable[[nn.Module], Any], **how: Any) -> tuple[Any, Step]:
+    for name, child in list(p.model.named_children()):
+        setattr(p.model, name, torch.compile(child, **how))
+    return build(p.model), p.loss
+
+
 def whole_loss(p: Problem, build: Callable[[nn.Module], Any], **how: Any) -> tuple[Any, Step]:
     used = build(p.model)
     return used, torch.compile(lambda: p.criterion(p.model(p.inputs), p.targets), **how)
@@ -129,6 +135,7 @@ WAYS = [
     in_place_before,
     in_place_after,
     block_by_block,
+    children_replaced,
     whole_loss,
     run_before,
 ]
@@ -160,7 +167,7 @@ def test_a_compiled_model_makes_the_eager_steps_and_runs_compiled_where_nothing_
         used, loss = way(compiled, lambda m: KFAC(m, loss=compiled.criterion, **FIXED), backend=backend, fullgraph=True)
         backend.runs = 0
         values = train(used, loss, 7)
-    parts = len(list(compiled.model.children())) if way is block_by_block else 1
+    parts = len(list(compiled.model.children())) if way in (block_by_block, children_replaced) else 1
     # Statistics are due at steps 0, 3 and 6; one graph serves the other four.
     assert (backend.graphs, backend.runs) == (parts, 4 * parts)
     assert values == pytest.approx(expected, rel=1e-9)
