@@ -75,6 +75,7 @@ class Curvature:
         self.mean_curvature: Tensor | None = None
         self.base_damping: Tensor | None = None
         self.dampings: dict[LinearBlock, Tensor] = {}
+        loss = compiling.unwrapped(loss) if isinstance(loss, nn.Module) else loss
         self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows)
         self._owner = owner
         self._factors_at = self._inverses_at = -1

@@ -112,6 +112,11 @@ def children_replaced(p: Problem, build: Callable[[nn.Module], Any], **how: Any)
     return build(p.model), p.loss
 
 
+def criterion_too(p: Problem, build: Callable[[nn.Module], Any], **how: Any) -> tuple[Any, Step]:
+    p.criterion = torch.compile(p.criterion, backend="eager")
+    return optimizer_first(p, build, **how)
+
+
 def whole_loss(p: Problem, build: Callable[[nn.Module], Any], **how: Any) -> tuple[Any, Step]:
     used = build(p.model)
     return used, torch.compile(lambda: p.criterion(p.model(p.inputs), p.targets), **how)
@@ -136,6 +141,7 @@ WAYS = [
     in_place_after,
     block_by_block,
     children_replaced,
+    criterion_too,
     whole_loss,
     run_before,
 ]
@@ -214,6 +220,21 @@ def test_a_preconditioner_in_front_of_another_optimizer() -> None:
         preconditioner.step()
         sgd.step()
     assert backend.runs == 2 and len(preconditioner.curvature()) == 2
+
+
+@pytest.mark.filterwarnings("ignore:KFAC. statistics were due")
+def test_a_due_step_that_is_compiled_all_the_same_goes_without_statistics() -> None:
+    """Where the user insists on compiled code, hooks fold to nothing: no break of a full graph, no error."""
+    problem, backend = net_problem(), Counted()
+    model = torch.compile(problem.model, backend=backend, fullgraph=True)
+    used = KFAC(model, loss=problem.criterion, **FIXED)
+    for compiled in (True, False, False):
+        used.zero_grad()
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            problem.criterion(model(problem.inputs), problem.targets).backward()
+        used.step()
+        assert bool(used.curvature()) != compiled
+    assert (backend.graphs, backend.runs) == (1, 1)
 
 
 # The stance
