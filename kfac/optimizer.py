@@ -284,7 +284,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             if self.decoupled_weight_decay:
                 for parameter in block.parameters:
                     if decay := group_of[id(parameter)]["weight_decay"]:
-                        keep = 1 - torch.as_tensor(rate * decay, device=step.device, dtype=step.dtype)
+                        keep = step.new_ones(()) - rate * decay  # a number made on the device: no copy to wait for
                         parameter.mul_(torch.where(plan.finite, keep, 1.0))
             if group["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
