@@ -269,6 +269,8 @@ class Capture:
 
     def _start(self, module: nn.Module, args: tuple) -> None:
         if _inside_backward():
+            if _held is None and torch.is_grad_enabled() and not self._forwards:  # the first time was without a graph
+                raise RuntimeError(_REENTRANT)
             return
         self._running = None
         if not torch.is_grad_enabled():

@@ -82,6 +82,7 @@ class Curvature:
         self.mean_curvature: Tensor | None = None
         self.base_damping: Tensor | None = None
         self.dampings: dict[Block, Tensor] = {}
+        loss = compiling.unwrapped(loss) if isinstance(loss, nn.Module) else loss
         self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows)
         self._owner = owner
         self._factors_at = self._inverses_at = -1
@@ -198,11 +199,14 @@ class Curvature:
             self.stats |= {"damping": self.base_damping, "mean_curvature": self.mean_curvature}
 
     def _update_averages(self, finite: Tensor) -> None:
+        if not self.collector.sums:
+            return
+        norm = self.collector.norm()
         for block, (outer_a, count, outer_g) in self.collector.sums.items():
             if block not in self.states:
                 self.states[block] = BlockState.of(block)
             state = self.states[block]
-            new_a, new_g = outer_a / count.clamp_min(1), outer_g / self.collector.norm()
+            new_a, new_g = outer_a / count.clamp_min(1), outer_g / norm
             state.count += finite
             factors.update_average(state.A, new_a, state.count, self.stat_decay, finite)
             factors.update_average(state.G, new_g, state.count, self.stat_decay, finite)
@@ -290,9 +294,10 @@ class Curvature:
 
     def summary(self) -> list[str]:
         """A line for each block."""
-        lines = [f"{'layer':32} {'block':16} {'A':>12} {'G':>12} {'parameters':>11} {'MiB':>13}"]
+        lines = [f"{'layer':32} {'block':16} {'sharing':8} {'A':>12} {'G':>12} {'parameters':>11} {'MiB':>13}"]
         for block in self.blocks:
-            start = f"{block.name or '(model)':32} {block.kind + (', reduce' if block.reduce else ''):16}"
+            sharing = "" if block.unit else "reduce" if block.reduce else "expand"
+            start = f"{block.name or '(model)':32} {block.kind:16} {sharing:8}"
             if not block.initialised():
                 lines.append(f"{start} known after the first forward")
                 continue

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from . import compiling
 from .affine import BiasBlock, NormBlock
 from .convolution import ConvBlock, TransposedConvBlock
 from .layers import Block, EmbeddingBlock, LinearBlock, TiedEmbeddingBlock
@@ -46,7 +47,7 @@ def find_blocks(
     is part of its weight's block, and a block of its own where that has none or is shared without it.
 
     Args:
-        sharing: "expand" or "reduce", or a dict from globs of layer names to these.
+        sharing: "expand" or "reduce", or a dict from globs of layer names to these; the first that fits decides.
         max_factor_size: see `Block`.
         first_order: ids of parameters that are to have no block.
 
@@ -69,6 +70,7 @@ def find_blocks(
     names: set[str] = set()
 
     def add(kind: type[Block], name: str, modules: list[nn.Module], parameters: list[Any]) -> None:
+        name = compiling.plain_name(name)
         name = name if name not in names else f"{name}.bias"
         names.add(name)
         taken.update(id(p) for p in parameters)
@@ -155,7 +157,8 @@ def _kind_of_tied(kinds: list[type[Block] | None]) -> type[Block] | None:
 def _reduces(name: str, sharing: str | Mapping[str, str]) -> bool:
     if isinstance(sharing, str):
         return sharing == "reduce"
-    return any(value == "reduce" for pattern, value in sharing.items() if fnmatch.fnmatchcase(name, pattern))
+    fitting = (value for pattern, value in sharing.items() if fnmatch.fnmatchcase(name, pattern))
+    return next(fitting, "expand") == "reduce"
 
 
 def _check_globs(sharing: str | Mapping[str, str], names: list[str]) -> None:

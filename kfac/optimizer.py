@@ -155,7 +155,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         split = param_groups.split(given, self.blocks, model, self._fallback)
         if not split:
             raise ValueError("model: it has no parameter that requires a gradient")
-        self._names = {id(p): name for name, p in compiling.unwrapped(model).named_parameters()}
+        named = compiling.unwrapped(model).named_parameters()
+        self._names = {id(p): compiling.plain_name(name) for name, p in named}
         defaults = {
             "lr": 1.0 if lr is None else lr,
             "momentum": momentum,
@@ -287,7 +288,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             if self.decoupled_weight_decay:
                 for parameter in block.parameters:
                     if decay := group_of[id(parameter)]["weight_decay"]:
-                        keep = 1 - torch.as_tensor(rate * decay, device=step.device, dtype=step.dtype)
+                        keep = step.new_ones(()) - rate * decay  # a number made on the device: no copy to wait for
                         parameter.mul_(torch.where(plan.finite, keep, 1.0))
             if group["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
@@ -348,7 +349,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["first_order"]:
                 lines += [
-                    f"{self._names.get(id(p), '(added)'):32} {'AdamW':16} {'':12} {'':12} {p.numel():11,}"
+                    f"{self._names.get(id(p), '(added)'):32} {'AdamW':16} {'':8} {'':12} {'':12} {p.numel():11,}"
                     for p in group["params"]
                 ]
         return "\n".join(lines)

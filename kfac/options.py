@@ -103,7 +103,8 @@ def check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         allowed, text = _RANGES[name]
         if not allowed(value):
-            raise ValueError(f"{name}={value!r}; allowed: {text}")
+            shown = " ".join(repr(value).split())  # one line, whatever the value
+            raise ValueError(f"{name}={shown if len(shown) < 80 else shown[:76] + ' ...'}; allowed: {text}")
 
 
 def value_at(value: Any, step: int) -> Any:

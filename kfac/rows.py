@@ -52,7 +52,8 @@ def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
         # Further calls of a layer, and positions that were flattened into the batch, are positions T.
         inputs = [a.reshape(a.shape[0], examples, -1, *a.shape[3:]) for a, _ in parts]
         outputs = [g.reshape(*g.shape[:2], examples, -1, g.shape[-1]) for _, g in parts]
-        layers[block] = (_join(inputs, dim=2), _join(outputs, dim=3))
+        a, g = _join(inputs, dim=2), _join(outputs, dim=3)
+        layers[block] = (a[:, :, :1], g.sum(3, keepdim=True)) if block.unit else (a, g)
     return Rows(layers, weight)
 
 
