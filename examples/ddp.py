@@ -11,7 +11,6 @@ import os
 import tempfile
 
 import torch
-from sklearn.datasets import load_digits
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,19 +28,18 @@ def assert_ranks_agree(name, tensor):
 def train(rank, steps, meeting_point):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=RANKS)
-    data = load_digits()
-    images, labels = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
-
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same data and first weights on every rank
+    inputs = torch.randn(4096, 64)
+    labels = (inputs @ torch.randn(64, 10)).argmax(1)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
     model = DistributedDataParallel(model)
     criterion = nn.CrossEntropyLoss()
     optimizer = KFAC(model, loss=criterion)  # give it the wrapper: so it knows of the other ranks
 
     for step in range(steps):
-        batch = torch.randint(len(images), (256,), generator=torch.Generator().manual_seed(step))
+        batch = torch.randint(len(inputs), (256,), generator=torch.Generator().manual_seed(step))
         mine = batch[rank::RANKS]
-        loss = criterion(model(images[mine]), labels[mine])
+        loss = criterion(model(inputs[mine]), labels[mine])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
