@@ -42,7 +42,7 @@ class Collector:
         self.mean = getattr(criterion, "reduction", "mean") != "sum"
         self.fisher, self.samples, self.keeps_rows = fisher, fisher_samples, keeps_rows
         self.generators = {generator.device: generator} if generator is not None else {}
-        self.factors_due = self.model_due = False
+        self.factors_due = self.model_due = self.exact_model = False
         self.clear()
 
     def clear(self) -> None:
@@ -109,9 +109,14 @@ class Collector:
         if self.factors_due:
             factor_rows = rows.send_back(batch, self._vectors(fisher, batch, output), weight)
         if self.model_due:
+            exactly = self.exact_model and fisher == "exact"
             model_rows = factor_rows
-            if factor_rows is None or fisher != "sampled":
-                vectors = self.curvature.sampled(output, target, 1, self.generator(device))
+            if factor_rows is None or (fisher != "sampled" and not exactly):
+                vectors = (
+                    self.curvature.exact(output, target)
+                    if exactly
+                    else self.curvature.sampled(output, target, 1, self.generator(device))
+                )
                 model_rows = rows.send_back(batch, list(vectors), weight)
         if not any(taken and taken.layers for taken in (factor_rows, model_rows)):
             return False

@@ -105,8 +105,11 @@ class Curvature:
 
     # Statistics.
 
-    def arm(self, model_due: bool) -> None:
-        """Decide what the coming step has to collect; `model_due` asks for rows of the quadratic model."""
+    def arm(self, model_due: bool, exactly: bool = False) -> None:
+        """Decide what the coming step has to collect.
+
+        `model_due` asks for rows of the quadratic model, `exactly` for those of exact vectors where factors have them.
+        """
         if self._skipped is not None and self._skipped.known():
             if not self._skipped.value():  # what was due then is due again
                 self._factors_at = self._inverses_at = -1
@@ -115,6 +118,7 @@ class Curvature:
         self._factors_due = early or self._due(self._factors_at, self.factor_interval)
         self._inverses_due = early or self._due(self._inverses_at, self.inverse_interval)
         self.collector.factors_due, self.collector.model_due = self._factors_due, model_due
+        self.collector.exact_model = exactly
         self.collector.clear()
         self._capture.clear()
         self._capture.active = bool(self.blocks) and (model_due or self._factors_due)
@@ -217,7 +221,8 @@ class Curvature:
         traces = [(diagonal(s.A).sum(-1) * diagonal(s.G).sum(-1)).sum() for s in self.states.values()]
         self.mean_curvature = torch.stack(traces).sum() / sum(math.prod(block.shape) for block in self.states)
         if self.damping is None:
-            self.base_damping = self.relative_damping * self.mean_curvature
+            relative = self.relative_damping * self.mean_curvature
+            self.base_damping = torch.where(relative > 0, relative, 1.0)  # without any curvature: plain gradients
         else:
             self.base_damping = torch.full_like(self.mean_curvature, value_at(self.damping, self.step))
         if self.trust is not None:

@@ -49,6 +49,8 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
     factor, info = torch.linalg.cholesky_ex(damped)
+    # What is left of a failed factor may be singular, at which `cholesky_inverse` raises.
+    factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0)[..., None], 1.0)
     inverse = torch.cholesky_inverse(factor)
     return inverse, (info == 0).all() & inverse.diagonal(dim1=-2, dim2=-1).sum().isfinite()
 

@@ -188,7 +188,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         checked = self._levenberg is not None and self._levenberg.due()
-        self._curvature.arm(model_due=self.self_tuning or checked)
+        self._curvature.arm(model_due=self.self_tuning or checked, exactly=checked)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; statistics that came with the gradients go with them."""
