@@ -60,12 +60,13 @@ class NormBlock(UnitBlock):
 
     def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
         """The normalised input: [N, T, C]."""
+        smallest = torch.finfo(x.dtype).eps  # RMSNorm's default, of the dtype that the call had
         x = x.to(self.dtype)
         mean, variance = context or (None, None)
         if isinstance(module, nn.LayerNorm):
             x = F.layer_norm(x, module.normalized_shape, eps=module.eps)
         elif isinstance(module, nn.RMSNorm):
-            x = F.rms_norm(x, module.normalized_shape, eps=module.eps)
+            x = F.rms_norm(x, module.normalized_shape, eps=smallest if module.eps is None else module.eps)
         elif isinstance(module, nn.GroupNorm):
             x = F.group_norm(x, module.num_groups, eps=module.eps)
         elif isinstance(module, nn.modules.instancenorm._InstanceNorm):

@@ -74,7 +74,8 @@ def find_blocks(
         name = name if name not in names else f"{name}.bias"
         names.add(name)
         taken.update(id(p) for p in parameters)
-        blocks.append(kind(name, modules, parameters, _reduces(name, sharing), max_factor_size))
+        reduce = _reduces(name, sharing) and kind is not TiedEmbeddingBlock
+        blocks.append(kind(name, modules, parameters, reduce, max_factor_size))
 
     for name, module in model.named_modules():
         if id(module) not in kinds:
@@ -82,9 +83,17 @@ def find_blocks(
         kind = kinds[id(module)]
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if issubclass(kind, NormBlock):
-            own = [p for p in (weight, bias) if trainable(p) and len(owners[id(p)]) == 1]
-            if own:
-                add(kind, name, [module], own)
+            own = [p for p in (weight, bias) if trainable(p) and id(p) not in taken]
+            sharers = owners[id(own[0])] if own else []
+            alike = all(
+                _base_of(m) is _base_of(module)
+                and id(m) in kinds
+                and m._parameters.get("weight") is weight
+                and m._parameters.get("bias") is bias
+                for m in sharers
+            )
+            if own and alike and all(owners[id(p)] == sharers for p in own):
+                add(kind, name, sharers, own)
             continue
         if weight is not None and trainable(weight) and id(weight) not in taken:
             sharers = owners[id(weight)]
@@ -135,15 +144,27 @@ def _hidden(model: nn.Module) -> set[int]:
     return {id(child) for module in attention for child in module.modules()}
 
 
+def _base_of(module: nn.Module) -> type[nn.Module] | None:
+    return next((base for base, _ in _KINDS if isinstance(module, base)), None)
+
+
 def _kind_of(module: nn.Module) -> type[Block] | None:
     for base, kind in _KINDS:
-        if isinstance(module, base) and type(module).forward is base.forward:
+        if isinstance(module, base) and _computes_as(module, base):
             if isinstance(module, nn.Embedding) and (
                 module.sparse or module.scale_grad_by_freq or module.max_norm is not None
             ):
                 return None
             return kind
     return None
+
+
+def _computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether nothing that says what a layer computes is overridden, in its class or on itself."""
+    methods = ("forward", "_conv_forward", "_apply_instance_norm")
+    return all(
+        getattr(type(module), name, None) is getattr(base, name, None) and name not in vars(module) for name in methods
+    )
 
 
 def _kind_of_tied(kinds: list[type[Block] | None]) -> type[Block] | None:

@@ -117,7 +117,7 @@ class TwoLevelMethod(KroneckerMethod):
 
 
 def _zero(a: Tensor, g: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.where(finite, a, 0.0), torch.where(finite, g, 0.0)
+    return torch.where(finite, a, torch.zeros_like(a)), torch.where(finite, g, 0.0)  # a may be indices
 
 
 class GKFAC(KroneckerOptimizer):

@@ -8,8 +8,8 @@ a norm layer (K = 1 elsewhere):
     weights    V: [K, d_out, d_in]       the bias is the last column
 
 so that the gradient of the weights is sum_{n,t} g a^T. Inputs of an embedding are one-hot rows and stay indices,
-a: [K, N, T]. Convolutions are in convolution.py, norm layers and lone biases in affine.py, and which layers of a model
-have a block in find.py.
+a: [K, N, T], -1 for a row that counts nowhere (its g is zero). Convolutions are in convolution.py, norm layers and lone
+biases in affine.py, and which layers of a model have a block in find.py.
 """
 
 from __future__ import annotations
@@ -36,12 +36,10 @@ class Block:
     Attributes:
         kind: what it is, for `summary`.
         unit: A is the number 1 (d_in = 1 and a = 1), so that the block is G and its damping is exact.
-        mixed: inputs a depend on the curvature vector, so each vector's examples are examples of their own.
     """
 
     kind = ""
     unit = False
-    mixed = False
 
     def __init__(
         self,
@@ -93,12 +91,11 @@ class Block:
         """A gradient at the layer's output as rows g: [K, N, T, d_out]."""
         raise NotImplementedError
 
-    def counts(self, a: Tensor) -> Tensor | None:
-        """A mask [N * T] of rows that count; None where all do."""
-        return None
-
     def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
-        """Rows (a, g) of a call, from what `inputs` gave and its output's gradients of M vectors."""
+        """Rows (a, g) of a call, from what `inputs` gave and its output's gradients of M vectors.
+
+        Where a depends on the vector it is [K, M, N, T, d_in].
+        """
         parts = [self.gradients(g.to(self.dtype), module)[:, None] for g in gradients]
         return inputs, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -176,19 +173,14 @@ class EmbeddingBlock(Block):
         return [matrix[0].mT]
 
     def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
-        return _indices(x)
+        return _indices(x, module)
 
     def gradients(self, g: Tensor, module: Any) -> Tensor:
         return _rows(g)
 
     def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
-        a, g = super().rows(inputs, gradients, module)
-        padding = module.padding_idx
-        return a, g if padding is None else g * a.ne(padding)[:, None, :, :, None]
-
-    def counts(self, a: Tensor) -> Tensor | None:
-        padding: Any = self.modules[0].padding_idx
-        return None if padding is None else a.ne(padding).reshape(-1)
+        index, g = super().rows(inputs, gradients, module)
+        return index, _without_padding(index, g, module)
 
 
 class TiedEmbeddingBlock(LinearBlock):
@@ -196,27 +188,26 @@ class TiedEmbeddingBlock(LinearBlock):
 
     The decoder's rows are those of a Linear layer. The embedding's are g = one-hot and a = the gradient at its output.
     Each call's a has mean square norm 1, with g scaled inversely: the gradients g a^T stay, and factors of rows that
-    differ by orders of magnitude add up to a product with the right trace.
+    differ by orders of magnitude add up to a product with the right trace. Such rows are never reduced.
     """
 
     kind = "tied"
-    mixed = True
 
     def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
-        return _indices(x) if isinstance(module, nn.Embedding) else super().inputs(x, module, context)
+        return _indices(x, module) if isinstance(module, nn.Embedding) else super().inputs(x, module, context)
 
     def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
-        arrived = torch.cat([_rows(g.to(self.dtype)) for g in gradients], dim=1)
-        inputs = inputs.repeat(1, len(gradients), *[1] * (inputs.dim() - 2))
+        _, arrived = super().rows(inputs, gradients, module)
         if isinstance(module, nn.Embedding):
-            a, g = arrived, F.one_hot(inputs, self.shape[1]).to(self.dtype)
-            if module.padding_idx is not None:
-                g = g * inputs.ne(module.padding_idx)[..., None]
+            a = _without_padding(inputs, arrived, module)
+            one_hot = arrived.new_zeros(*inputs.shape, self.shape[1])
+            one_hot.scatter_(-1, inputs.clamp_min(0)[..., None], (inputs >= 0)[..., None].to(self.dtype))
+            g = one_hot[:, None].expand(-1, a.shape[1], -1, -1, -1)
         else:
-            a, g = inputs, arrived
+            a, g = inputs[:, None].expand(-1, arrived.shape[1], -1, -1, -1), arrived
         size = a.square().sum(-1).mean().sqrt()
         size = torch.where(size > 0, size, 1.0)
-        return a / size, (g * size)[:, None]
+        return a / size, g * size
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -224,6 +215,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(1, x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
 
 
-def _indices(x: Tensor) -> Tensor:
-    """Token numbers [N, ...] as [1, N, T]."""
-    return x.long().reshape(1, x.shape[0] if x.dim() else 1, -1)
+def _indices(x: Tensor, module: nn.Embedding) -> Tensor:
+    """Token numbers [N, ...] as [1, N, T], -1 for padding, which torch gives no gradient."""
+    tokens = x.long() if module.padding_idx is None else torch.where(x == module.padding_idx, -1, x.long())
+    return tokens.reshape(1, tokens.shape[0] if tokens.dim() else 1, -1)
+
+
+def _without_padding(index: Tensor, g: Tensor, module: nn.Embedding) -> Tensor:
+    return g if module.padding_idx is None else g * (index >= 0)[:, None, ..., None]
