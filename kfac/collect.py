@@ -63,6 +63,11 @@ class Collector:
         """The criterion's value over all batches."""
         return (self._sums_of_weights() if self._totals is None else self._totals)[2] / self.norm()
 
+    def room(self) -> Tensor | None:
+        """How far the loss is above the smallest value that it can take, where it has one."""
+        floor = self.curvature.floor
+        return None if floor is None else (self.loss() - floor).clamp_min(0)
+
     def _sums_of_weights(self) -> Tensor:
         shares = torch.stack(list(self.shares.values()) or self.weights)
         values = [weight * value for weight, value in zip(self.weights, self.losses, strict=False)]

@@ -149,7 +149,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "loss: its floor is None, and the self-tuning step bounds its promise by the loss; "
                 "allowed: a loss with a smallest value, or lr=<number>"
             )
-        self._rule = SelfTuningRule(max_decrease, warmup, max_growth, floor) if tuned else FixedRule(kl_clip)
+        self._rule = SelfTuningRule(max_decrease, warmup, max_growth) if tuned else FixedRule(kl_clip)
         self._levenberg = LevenbergMarquardt(model, self._curvature) if adapt_damping else None
         self._fallback = Fallback(weight_decay)
         split = param_groups.split(given, self.blocks, model, self._fallback)
@@ -272,6 +272,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             curvature.dampings[blocks[0]] if blocks else finite.new_zeros(()),
             form=curvature.quadratic_form,
             loss=collector.loss() if collector.losses else None,
+            room=collector.room() if collector.losses else None,
             step=curvature.step,
         )
         if not blocks and self.self_tuning:
