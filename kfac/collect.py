@@ -104,8 +104,7 @@ class Collector:
         """Take a batch's curvature; False where its output does not depend on the layers that were called."""
         if not batch.calls:
             return False
-        like = batch.calls[0].block.parameters[0]
-        dtype, device = like.dtype, batch.calls[0].input.device
+        dtype, device = batch.calls[0].block.dtype, batch.calls[0].input.device
         output, target = batch.output_in(dtype), batch.target
         weight = torch.ones((), device=device, dtype=dtype) if batch.weight is None else batch.weight.to(dtype)
         many = self.curvature.outputs(output) > EXACT_OUTPUTS
@@ -118,11 +117,11 @@ class Collector:
             model_rows = factor_rows
             if factor_rows is None or (fisher != "sampled" and not exactly):
                 vectors = (
-                    self.curvature.exact(output, target)
+                    self._vectors(fisher, batch, output)
                     if exactly
-                    else self.curvature.sampled(output, target, 1, self.generator(device))
+                    else list(self.curvature.sampled(output, target, 1, self.generator(device)))
                 )
-                model_rows = rows.send_back(batch, list(vectors), weight)
+                model_rows = rows.send_back(batch, vectors, weight)
         if not any(taken and taken.layers for taken in (factor_rows, model_rows)):
             return False
 
@@ -144,7 +143,7 @@ class Collector:
 
     def _vectors(self, fisher: str, batch: Batch, output: Any) -> list[Tensor]:
         if fisher == "exact":
-            return list(self.curvature.exact(output, batch.target))
+            return self._signed(batch, output, list(self.curvature.exact(output, batch.target)))
         if fisher == "sampled":
             device = batch.calls[0].input.device
             return list(self.curvature.sampled(output, batch.target, self.samples, self.generator(device)))
@@ -153,6 +152,28 @@ class Collector:
         # Only c dl/df, the gradient at the output, is known; a vector is sqrt(c) dl/df.
         assert batch.gradient is not None
         return [batch.gradient.to(output.dtype) * math.sqrt(self.curvature.terms(output) if self.mean else 1)]
+
+    def _signed(self, batch: Batch, output: Any, vectors: list[Any]) -> list[Any]:
+        """Exact vectors with a random sign for each entry of the batch, where one vector serves entries that mix.
+
+        That is where positions were flattened into the output's batch, or a layer saw no batch. The signs make the
+        products between entries vanish in expectation and leave the others as they are.
+        """
+        first = output[0] if isinstance(output, tuple) else output
+        n = first.shape[0] if first.dim() else 1
+        if all(call.input.dim() > 0 and call.input.shape[0] == n for call in batch.calls):
+            return vectors
+        generator = self.generator(first.device)
+
+        def flip(vector: Tensor | None, sign: Tensor) -> Tensor | None:
+            return None if vector is None else vector * sign.to(vector.dtype).reshape(n, *[1] * (vector.dim() - 1))
+
+        signed: list[Any] = []
+        for vector in vectors:
+            sign = torch.rand(n, generator=generator, device=first.device).round() * 2 - 1
+            several = isinstance(vector, tuple)
+            signed.append(tuple(flip(part, sign) for part in vector) if several else flip(vector, sign))
+        return signed
 
     def _accumulate(self, taken: Rows, mask: Tensor | None) -> None:
         for block, (a, g) in taken.layers.items():

@@ -8,7 +8,10 @@ chooses the damping and lets a method (method.py) renew its preconditioners. A s
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,7 +57,7 @@ class Curvature:
         method: Method,
         *,
         damping: float | Callable[[int], float] | None,
-        relative_damping: float,
+        relative_damping: float | Callable[[int], float],
         fisher: str,
         fisher_samples: int,
         stat_decay: float,
@@ -101,7 +104,7 @@ class Curvature:
         ]
         if missing:
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            self.warn("without", f"no curvature block for {', '.join(missing[:8])}{more}: {instead}")
+            self.warn("without", f"without a curvature block: {', '.join(missing[:8])}{more}; {instead}")
 
     # Statistics.
 
@@ -221,7 +224,7 @@ class Curvature:
         traces = [(diagonal(s.A).sum(-1) * diagonal(s.G).sum(-1)).sum() for s in self.states.values()]
         self.mean_curvature = torch.stack(traces).sum() / sum(math.prod(block.shape) for block in self.states)
         if self.damping is None:
-            relative = self.relative_damping * self.mean_curvature
+            relative = value_at(self.relative_damping, self.step) * self.mean_curvature
             self.base_damping = torch.where(relative > 0, relative, 1.0)  # without any curvature: plain gradients
         else:
             self.base_damping = torch.full_like(self.mean_curvature, value_at(self.damping, self.step))
@@ -312,7 +315,7 @@ class Curvature:
             size_g = f"{times}{d_out}{'' if block.diagonal_g else '^2'}"
             count = sum(p.numel() for p in block.parameters)
             state = self.states.get(block)
-            held = f"{state.bytes() / 2**20:12.2f}" if state is not None else "no statistics"
+            held = f"{state.bytes() / 2**20:12.2f}" if state is not None else "-"
             lines.append(f"{start} {size_a:>12} {size_g:>12} {count:11,} {held:>13}")
         return lines
 
@@ -326,11 +329,17 @@ class Curvature:
             "generators": {str(d): g.get_state() for d, g in self.collector.generators.items()},
             "blocks": [block.name for block in self.blocks],
             "layers": {block.name: state.save() for block, state in self.states.items()},
+            "kind": type(self.method).__name__,
             "method": self.method.save(),
         }
 
-    def check(self, saved: dict[str, Any]) -> None:
-        """Raise ValueError when the saved layers are not those of this model."""
+    def check(self, saved: Any) -> None:
+        """Raise ValueError when a state was not saved by this method, or not for these layers."""
+        if not isinstance(saved, dict) or not {"blocks", "layers", "kind", "method"} <= saved.keys():
+            raise ValueError("state_dict: it has no curvature; allowed: what state_dict() of the same class gave")
+        kind = type(self.method).__name__
+        if saved["kind"] != kind:
+            raise ValueError(f"state_dict: it was saved by {saved['kind']}; allowed: {kind}")
         if [block.name for block in self.blocks] != saved["blocks"]:
             raise ValueError("state_dict: its layers are not those of the model")
 
@@ -357,7 +366,16 @@ class Curvature:
         """Warn once for each key."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(f"{self._owner}: {message}", stacklevel=5)
+            warnings.warn(f"{self._owner}: {message}", stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """How far up the first frame lies that is neither this package's nor torch's: the user's line."""
+    inside = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (torch, sys.modules[__package__]))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*inside, "<", contextlib.__file__)):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class _Paused:

@@ -247,17 +247,21 @@ def fidelity(
 def factor_spectrum(matrix: Tensor, damping: float | Tensor = 0.0) -> Spectrum:
     """Extreme eigenvalues and condition number, in float64, of a symmetric factor [..., d, d] + damping · I.
 
-    Leading dimensions (groups of a convolution): extremes over all of them, condition of the worst one. Only
-    the lower triangle is read. A non-finite matrix gives NaN.
+    A factor of which only the diagonal is kept is [d]. Leading dimensions (groups of a convolution): extremes over all
+    of them, condition of the worst one. Only the lower triangle is read. A non-finite matrix gives NaN.
     """
-    if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(f"matrix: shape {tuple(matrix.shape)} given, [..., d, d] expected")
+    if matrix.dim() == 0 or (matrix.dim() > 1 and matrix.shape[-1] != matrix.shape[-2]):
+        raise ValueError(f"matrix: shape {tuple(matrix.shape)} given, [..., d, d] or [d] expected")
     matrix = matrix.detach().double()
+    diagonal = matrix.dim() == 1
+    matrix = matrix[:, None, None] if diagonal else matrix
     if not bool(matrix.tril().isfinite().all()):
         nan = matrix.new_full((), torch.nan)
         return Spectrum(nan, nan, nan)
     values = torch.linalg.eigvalsh(matrix) + damping
     low, high = values[..., 0], values[..., -1]
+    if diagonal:
+        low, high = low.min(), high.max()
     condition = torch.where(low > 0, high / low, torch.inf)
     return Spectrum(low.min(), high.max(), condition.max())
 

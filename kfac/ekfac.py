@@ -13,7 +13,7 @@ from .kfac import bases_of, decompose, solve_in_eigenbasis
 from .layers import Block
 from .method import Method
 from .optimizer import KroneckerOptimizer
-from .options import Options, check_options, dtype_of, value_at
+from .options import Options, check_names, check_options, dtype_of, value_at
 from .rows import Rows, squared_gradients
 from .state import BlockState
 
@@ -96,5 +96,6 @@ class EKFAC(KroneckerOptimizer):
         scale_interval: int | Callable[[int], int] | None = None,
         **options: Unpack[Options],
     ):
+        check_names(self, options)
         self._method = KroneckerEigenMethod(scale_interval, options.get("preconditioning_dtype"))
         super().__init__(model, loss=loss, **options)

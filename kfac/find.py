@@ -126,7 +126,7 @@ def without_block(model: nn.Module, blocks: Iterable[Block]) -> dict[str, str]:
         elif len(owners[id(parameter)]) > 1:
             reasons[name] = "layers of different kinds share it"
         else:
-            reasons[name] = f"{kind} has no curvature block"
+            reasons[name] = f"no block for {kind}"
     return reasons
 
 

@@ -11,7 +11,7 @@ from . import coarse, factors
 from .kfac import KroneckerMethod
 from .layers import Block
 from .optimizer import KroneckerOptimizer
-from .options import Options, check_options
+from .options import Options, check_names, check_options
 from .rows import Rows, quarter
 from .state import BlockState
 
@@ -203,6 +203,7 @@ class GKFAC(KroneckerOptimizer):
         coarse_fisher: str = "exact",
         **options: Unpack[Options],
     ):
+        check_names(self, options)
         dtype = options.get("preconditioning_dtype")
         self._method = TwoLevelMethod(solver, dtype, coarse_space, combination, coarse_fisher)
         super().__init__(model, loss=loss, **options)

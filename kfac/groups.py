@@ -78,16 +78,16 @@ def added(group: dict[str, Any], names: dict[int, str], owned: set[int], fallbac
     """A group for `add_param_group`: first-order unless all of it belongs to blocks, and with names."""
     parameters = parameters_of(group)
     settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    _check(settings, "param_group", fallback)
     if "first_order" not in settings and any(id(p) not in owned for p in parameters):
         settings = {**fallback.group([]), **settings}
+    _check(settings, "param_group", fallback)
     for p in parameters:
         names.setdefault(id(p), f"added.{len(names)}")
     return {**settings, "params": _named(parameters, names)}
 
 
 def _check(settings: dict[str, Any], where: str, fallback: Fallback) -> None:
-    allowed = [*KRONECKER_KEYS, *fallback.settings]
+    allowed = [*KRONECKER_KEYS, *(fallback.settings if settings.get("first_order") else ())]
     for key, value in settings.items():
         if key not in allowed:
             raise ValueError(f"{where}: {key!r}; allowed: {', '.join(sorted(set(allowed)))}")

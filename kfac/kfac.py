@@ -11,7 +11,7 @@ from . import linalg
 from .layers import Block
 from .method import Method
 from .optimizer import KroneckerOptimizer
-from .options import Options, check_options, dtype_of
+from .options import Options, check_names, check_options, dtype_of
 from .state import BlockState
 
 
@@ -51,6 +51,7 @@ class KFAC(KroneckerOptimizer):
     """
 
     def __init__(self, model: nn.Module, *, loss: nn.Module, solver: str = "cholesky", **options: Unpack[Options]):
+        check_names(self, options)
         self._method = KroneckerMethod(solver, options.get("preconditioning_dtype"))
         super().__init__(model, loss=loss, **options)
 

@@ -101,10 +101,12 @@ class Block:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.parameters[0].dtype
+        """Of rows, factors and solves: the parameters' own, or float32 where that is a half precision."""
+        return torch.promote_types(self.parameters[0].dtype, torch.float32)
 
     def _filled(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        return [torch.zeros_like(p) if x is None else x for x, p in zip(tensors, self.parameters, strict=True)]
+        pairs = zip(tensors, self.parameters, strict=True)
+        return [torch.zeros_like(p, dtype=self.dtype) if x is None else x.to(self.dtype) for x, p in pairs]
 
 
 class MatrixBlock(Block):

@@ -41,7 +41,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         momentum: coefficient of the fixed rule; it averages gradients before they are preconditioned. When self-tuning
             the quadratic model chooses the coefficient in [0, 0.95], and 0 here switches it off.
         damping: absolute lambda, or a callable of the step; None for `relative_damping`. A group may have its own.
-        relative_damping: lambda in units of the mean curvature per parameter, sum_l tr A_l tr G_l / sum_l numel_l.
+        relative_damping: lambda in units of the mean curvature per parameter, sum_l tr A_l tr G_l / sum_l numel_l, a
+            number or a callable of the step.
             It has no unit, so 0.5 serves all losses, reductions and widths (found on a deep autoencoder, holds on
             classifiers).
         weight_decay: coefficient; decoupled (Loshchilov & Hutter 2019) or, with `decoupled_weight_decay=False`, part of
@@ -100,7 +101,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         lr: float | None = None,
         momentum: float = 0.9,
         damping: float | Callable[[int], float] | None = None,
-        relative_damping: float = 0.5,
+        relative_damping: float | Callable[[int], float] = 0.5,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         kl_clip: float | None = 1e-3,
@@ -366,7 +367,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: when the saved layers are not those of this model.
         """
-        self._curvature.check(state_dict["curvature"])
+        self._curvature.check(state_dict.get("curvature"))
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("curvature", "rule")})
         self._curvature.load_state_dict(state_dict["curvature"])
         self._rule.load(state_dict["rule"], self.param_groups[0]["params"][0].device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -15,7 +16,7 @@ class Options(TypedDict, total=False):
     lr: float | None
     momentum: float
     damping: float | Callable[[int], float] | None
-    relative_damping: float
+    relative_damping: float | Callable[[int], float]
     weight_decay: float
     decoupled_weight_decay: bool
     kl_clip: float | None
@@ -60,7 +61,7 @@ _RANGES: dict[str, _Range] = {
     "lr": (lambda v: v is None or (_number(v) and v >= 0), "None (self-tuning) or a number >= 0"),
     "momentum": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
     "damping": (lambda v: v is None or callable(v) or (_number(v) and v > 0), "None, a number > 0 or a callable"),
-    "relative_damping": (lambda v: _number(v) and v > 0, "a number > 0"),
+    "relative_damping": (lambda v: callable(v) or (_number(v) and v > 0), "a number > 0 or a callable"),
     "weight_decay": (lambda v: _number(v) and v >= 0, "a number >= 0"),
     "decoupled_weight_decay": (lambda v: isinstance(v, bool), "True or False"),
     "kl_clip": (lambda v: v is None or (_number(v) and v > 0), "None or a number > 0"),
@@ -107,6 +108,14 @@ def check_options(options: dict[str, Any]) -> None:
         if not allowed(value):
             shown = " ".join(repr(value).split())  # one line, whatever the value
             raise ValueError(f"{name}={shown if len(shown) < 80 else shown[:76] + ' ...'}; allowed: {text}")
+
+
+def check_names(owner: object, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first argument that the shared constructor does not have."""
+    for name in options:
+        if name not in Options.__annotations__:
+            shown = ", ".join(inspect.signature(type(owner)).parameters)
+            raise TypeError(f"{type(owner).__name__}: no argument {name!r}; allowed: {shown}")
 
 
 def value_at(value: Any, step: int) -> Any:

@@ -55,7 +55,7 @@ class Preconditioner:
         loss: nn.Module,
         method: str = "kfac",
         damping: float | Callable[[int], float] | None = None,
-        relative_damping: float = 0.5,
+        relative_damping: float | Callable[[int], float] = 0.5,
         fisher: str = "auto",
         fisher_samples: int = 1,
         stat_decay: float = 0.95,

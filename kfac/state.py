@@ -36,7 +36,7 @@ class BlockState:
     @classmethod
     def of(cls, block: Block) -> BlockState:
         k, d_out, d_in = block.shape
-        like = block.parameters[0]
+        like = block.parameters[0].new_empty(0, dtype=block.dtype)
         return cls(
             A=like.new_zeros((k, d_in) if block.diagonal_a else (k, d_in, d_in)),
             G=like.new_zeros((k, d_out) if block.diagonal_g else (k, d_out, d_out)),

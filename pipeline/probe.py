@@ -223,7 +223,8 @@ class Probe:
             measured["inverse_age"] = float(state.age)
             for quantity, value in measured.items():
                 rows.append(_row(step, layer, quantity, value))
-                over_layers[quantity].append(float(value))
+                if quantity != "condition_a" or state.A.shape[-1] > 1:  # a norm layer's A is the number 1
+                    over_layers[quantity].append(float(value))
         summary: dict[str, float | Tensor] = {
             quantity: median(over_layers[quantity])
             for quantity in ("condition_a", "condition_g", "pi", "inverse_age")
