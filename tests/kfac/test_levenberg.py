@@ -1,0 +1,314 @@
+"""Levenberg-Marquardt damping: the ratio of what happened to what was promised, and steps taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ground_truth as truth
+import pytest
+import torch
+from cases import BY_NAME, LOSSES, Case, Problem, mlp
+from torch import Tensor, nn
+
+from kfac import EKFAC, GKFAC, KFAC
+
+OPTIMIZERS = pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
+TUNING = pytest.mark.parametrize("tuned", [False, True], ids=["fixed", "self-tuning"])
+OMEGA = (19 / 20) ** 5
+FIXED: dict[str, Any] = {
+    "lr": 1.0, "momentum": 0.0, "damping": 0.3, "kl_clip": None, "factor_interval": 1, "inverse_interval": 1,
+}  # fmt: skip
+QUADRATIC = Case("quadratic", lambda: mlp(4, 3), LOSSES["mse-mean"], (30, 4))
+DEEP = Case("deep", lambda: mlp(4, 6, 3, activation=nn.Tanh), LOSSES["ce-mean"], (30, 4))
+
+
+def closure_of(problem: Problem, optimizer: Any) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = problem.loss()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def build(optimizer: Any, problem: Problem, tuned: bool = False, **options: Any) -> Any:
+    return optimizer(
+        problem.model, loss=problem.criterion, adapt_damping=True, fisher="exact", **({} if tuned else FIXED), **options
+    )
+
+
+def turn(optimizer: Any, problem: Problem) -> float:
+    return float(optimizer.step(closure_of(problem, optimizer)).detach())
+
+
+def weights(problem: Problem) -> Tensor:
+    return truth.vector(p.detach().clone() for p in problem.model.parameters())
+
+
+@OPTIMIZERS
+@TUNING
+def test_the_reduction_ratio_is_one_on_a_quadratic(optimizer: Any, tuned: bool) -> None:
+    """A linear layer under squared error, all data: the model without its damping term is the loss itself."""
+    problem = QUADRATIC.make()
+    used = build(optimizer, problem, tuned)
+    seen = []
+    for _ in range(11):
+        turn(used, problem)
+        if "reduction_ratio" in used.stats:
+            seen.append(float(used.stats["reduction_ratio"]))
+    assert len(seen) >= 2
+    for ratio in seen:
+        assert ratio == pytest.approx(1, abs=1e-6)
+
+
+@OPTIMIZERS
+@TUNING
+def test_the_reduction_ratio_is_what_happened_over_what_was_promised(optimizer: Any, tuned: bool) -> None:
+    """Against the dense Gauss-Newton matrix over all parameters, on a net where it is not one."""
+    problem = DEEP.make()
+    used = build(optimizer, problem, tuned)
+    for _ in range(12):
+        start, before = problem.copy(), weights(problem)
+        turn(used, problem)
+        if "reduction_ratio" not in used.stats:
+            continue
+        parameters = list(start.model.parameters())
+        slope, bend = truth.gradient(start, parameters), truth.ggn(start, parameters)
+        step = weights(problem) - before
+        if not step.any():
+            continue
+        promised = float(slope @ step + 0.5 * step @ bend @ step)
+        happened = float(problem.loss().detach() - start.loss().detach())
+        assert float(used.stats["reduction_ratio"]) == pytest.approx(happened / promised, rel=1e-6)
+
+
+@OPTIMIZERS
+def test_damping_falls_by_omega_to_the_fifth_every_five_steps_where_the_model_is_right(optimizer: Any) -> None:
+    problem = QUADRATIC.make()
+    used = build(optimizer, problem)
+    seen = []
+    for _ in range(16):
+        turn(used, problem)
+        seen.append(float(used.stats["damping"]))
+    changes = [new / old for old, new in zip(seen, seen[1:], strict=False)]
+    falls = [count for count, change in enumerate(changes) if change != 1]
+    assert len(falls) == 3 and {b - a for a, b in zip(falls, falls[1:], strict=False)} == {5}, changes
+    assert all(changes[count] == pytest.approx(OMEGA, rel=1e-9) for count in falls)
+
+
+class Misjudged(nn.MSELoss):
+    """Squared error whose value bends more than its curvature says, by `factor`: the ratio is then known.
+
+    Along a step d from gradient g the model promises g d + d F d / 2 and the loss gives g d + factor * d F d / 2.
+    """
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self._curvature = _MISJUDGED_CURVATURE(self)
+
+    floor = 0.0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.factor * super().forward(output, target)
+
+    def outputs(self, output: Tensor) -> int:
+        return self._curvature.outputs(output)
+
+    def exact(self, output: Tensor, target: Tensor) -> Any:
+        return self._curvature.exact(output, target)
+
+    def sampled(self, output: Tensor, target: Tensor, samples: int, generator: torch.Generator) -> Any:
+        return self._curvature.sampled(output, target, samples, generator)
+
+
+class _MISJUDGED_CURVATURE:
+    """Vectors of plain squared error by its definition: H = 2 / numbers for each number."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        pass
+
+    def outputs(self, output: Tensor) -> int:
+        return output[0].numel()
+
+    def exact(self, output: Tensor, target: Tensor) -> Any:
+        for column in torch.eye(output.shape[1], dtype=output.dtype):
+            yield (2 / output.numel()) ** 0.5 * column.expand_as(output)
+
+    def sampled(self, output: Tensor, target: Tensor, samples: int, generator: torch.Generator) -> Any:
+        for _ in range(samples):
+            noise = torch.randn(output.shape, generator=generator, dtype=output.dtype)
+            yield (2 / output.numel() / samples) ** 0.5 * noise
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(1.85, 1 / OMEGA), (1.4, 1.0), (1.0, OMEGA)], ids=["poor", "fair", "right"]
+)
+def test_damping_follows_the_ratio(optimizer: Any, factor: float, expected: float) -> None:
+    """At almost no damping the Newton step of the misjudged model overshoots by `factor`.
+
+    With h = factor q and curvature of q, the step is d = -factor F^-1 g_q. The model promises -factor^2 s / 2 with
+    s = g_q F^-1 g_q and the loss gives factor (-factor + factor^2 / 2) s, so the ratio is 2 - factor.
+    """
+    problem = QUADRATIC.make()
+    problem.criterion = Misjudged(factor)
+    used = build(optimizer, problem, **({"solver": "eigh"} if optimizer is KFAC else {}))
+    for group in used.param_groups:
+        group["damping"] = None
+    used = optimizer(
+        problem.model, loss=problem.criterion, adapt_damping=True, fisher="exact",
+        **{**FIXED, "damping": 1e-9, **({} if optimizer is EKFAC else {"solver": "eigh"})},
+    )  # fmt: skip
+    turn(used, problem)
+    assert float(used.stats["reduction_ratio"]) == pytest.approx(2 - factor, rel=1e-5)
+    first = float(used.stats["damping"])
+    turn(used, problem)
+    assert float(used.stats["damping"]) / first == pytest.approx(expected, rel=1e-9)
+
+
+@OPTIMIZERS
+def test_a_step_that_raised_the_loss_is_taken_back_bit_for_bit(optimizer: Any) -> None:
+    """Overshooting more than twice: the loss rises; weights, momentum and AdamW's part are as before."""
+    problem = QUADRATIC.make()
+    problem.criterion = Misjudged(2.5)
+    used = optimizer(
+        problem.model, loss=problem.criterion, adapt_damping=True, fisher="exact",
+        **{**FIXED, "damping": 1e-9, "momentum": 0.5},
+    )  # fmt: skip
+    before, start = weights(problem), problem.loss().item()
+    turn(used, problem)
+    assert float(used.stats["rejected"]) == 1
+    assert torch.equal(weights(problem), before) and problem.loss().item() == start
+    buffers = [state["momentum_buffer"] for state in used.state.values() if "momentum_buffer" in state]
+    assert not any(buffer.any() for buffer in buffers)
+    turn(used, problem)
+    assert float(used.stats["damping"]) == pytest.approx(1e-9 / OMEGA, rel=1e-6)
+
+
+@OPTIMIZERS
+def test_a_good_step_is_kept_and_is_the_step_without_the_check(optimizer: Any) -> None:
+    """Up to the first change of damping both make the same steps."""
+    plain, checked = DEEP.make(), DEEP.make()
+    options = {**FIXED, "lr": 0.1, "fisher": "exact"}
+    first = optimizer(plain.model, loss=plain.criterion, **options)
+    second = optimizer(checked.model, loss=checked.criterion, adapt_damping=True, **options)
+    turn(first, plain)
+    turn(second, checked)
+    assert float(second.stats["rejected"]) == 0
+    assert truth.relative_error(weights(checked), weights(plain)) < 1e-12
+
+
+class Noisy(nn.Module):
+    """Dropout, batch norm and a parameter without a block: everything that a second evaluation could disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.4)
+        self.scale, self.second = nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.second(self.drop(torch.tanh(self.norm(self.first(value)))) * self.scale)
+
+
+@OPTIMIZERS
+@TUNING
+def test_the_second_evaluation_leaves_gradients_buffers_and_the_random_stream_alone(
+    optimizer: Any, tuned: bool
+) -> None:
+    problem = DEEP.make()
+    problem.model = Noisy().double()
+    alone = problem.copy()
+    used = build(optimizer, problem, tuned)
+    torch.manual_seed(3)
+    alone.loss().backward()
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    turn(used, problem)
+    assert torch.equal(torch.get_rng_state(), after), "the mask of the check was drawn from the user's stream"
+    for (name, buffer), other in zip(problem.model.named_buffers(), alone.model.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    for (name, one), other in zip(problem.model.named_parameters(), alone.model.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_check_uses_the_same_masks(seed: int) -> None:
+    """A step of almost nothing changes the loss by almost what it promised, unless the masks differ."""
+    problem = DEEP.make()
+    problem.model = Noisy().double()
+    used = KFAC(
+        problem.model, loss=problem.criterion, adapt_damping=True, fisher="exact",
+        **{**FIXED, "lr": 1e-6},
+    )  # fmt: skip
+    used.param_groups[-1]["lr"] = 1e-9
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        turn(used, problem)
+    assert float(used.stats["reduction_ratio"]) == pytest.approx(1, abs=1e-2)
+
+
+@OPTIMIZERS
+@TUNING
+def test_without_a_closure_there_is_one_clear_line(optimizer: Any, tuned: bool) -> None:
+    problem = DEEP.make()
+    used = build(optimizer, problem, tuned)
+    before = weights(problem)
+    problem.loss().backward()
+    with pytest.raises(ValueError) as caught:
+        used.step()
+    message = str(caught.value)
+    assert "closure" in message and "adapt_damping" in message and "\n" not in message
+    assert torch.equal(weights(problem), before)
+
+
+@OPTIMIZERS
+@TUNING
+def test_training_with_it_goes_down_and_never_up_at_a_checked_step(optimizer: Any, tuned: bool) -> None:
+    problem = DEEP.make()
+    used = build(optimizer, problem, tuned)
+    losses = [turn(used, problem) for _ in range(25)]
+    assert losses[-1] < 0.6 * losses[0]
+    for count in range(0, 24, 5):
+        assert losses[count + 1] <= losses[count], count
+
+
+@OPTIMIZERS
+def test_its_state_resumes_bit_for_bit(optimizer: Any) -> None:
+    straight, resumed = DEEP.make(), DEEP.make()
+    used, other = build(optimizer, straight, True), build(optimizer, resumed, True)
+    for count in range(14):
+        if count == 7:
+            saved = used.state_dict()
+            resumed.model.load_state_dict(straight.model.state_dict())
+            other.load_state_dict(saved)
+        turn(used, straight)
+        if count >= 7:
+            turn(other, resumed)
+    assert torch.equal(weights(straight), weights(resumed))
+    assert used.stats.keys() == other.stats.keys()
+
+
+def test_a_gradient_that_is_not_finite_is_a_skipped_step_under_a_closure_too() -> None:
+    problem = DEEP.make()
+    used = build(KFAC, problem)
+    turn(used, problem)
+    before, good = weights(problem), problem.inputs
+    for _ in range(6):
+        problem.inputs = good * float("nan")
+        turn(used, problem)
+        assert float(used.stats["skipped"]) == 1 and torch.equal(weights(problem), before)
+    problem.inputs = good
+    turn(used, problem)
+    assert weights(problem).isfinite().all() and not torch.equal(weights(problem), before)
+
+
+def test_plain_closures_work_without_adapting() -> None:
+    one, two = BY_NAME["mlp-ce-mean"].make(), BY_NAME["mlp-ce-mean"].make()
+    first, second = KFAC(one.model, loss=one.criterion), KFAC(two.model, loss=two.criterion)
+    for _ in range(4):
+        truth.step(first, one)
+        assert turn(second, two) > 0
+    assert torch.equal(weights(one), weights(two))
