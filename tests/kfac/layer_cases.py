@@ -149,8 +149,7 @@ TRANSPOSED_GEOMETRIES: dict[str, Geometry] = {
 }
 
 SINGLE = [
-    LayerCase(name, build, numbers(*shape))
-    for name, (build, shape) in {**GEOMETRIES, **TRANSPOSED_GEOMETRIES}.items()
+    LayerCase(name, build, numbers(*shape)) for name, (build, shape) in {**GEOMETRIES, **TRANSPOSED_GEOMETRIES}.items()
 ] + [
     LayerCase("conv1d-sum", lambda: nn.Conv1d(2, 3, 2), numbers(3, 2, 4), LOSSES["mse-sum"]),
     LayerCase("linear-5d", lambda: nn.Linear(3, 2), numbers(2, 2, 1, 3, 3)),
@@ -168,8 +167,11 @@ DEEP = [
     LayerCase(
         "embedding-linear", lambda: nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 3, bias=False)), tokens(6, 4, 3)
     ),
-    LayerCase("embedding-two-linear", lambda: nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 5), nn.Linear(5, 2)),
-              tokens(6, 7)),  # fmt: skip
+    LayerCase(
+        "embedding-two-linear",
+        lambda: nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 5), nn.Linear(5, 2)),
+        tokens(6, 7),
+    ),
     LayerCase(
         "conv1d-whole-then-linear",
         lambda: nn.Sequential(nn.Conv1d(2, 4, 5), nn.Flatten(), nn.Linear(4, 3)),
@@ -180,15 +182,19 @@ DEEP = [
         lambda: nn.Sequential(nn.Conv3d(2, 4, (2, 1, 2)), nn.Conv3d(4, 3, 1)),
         numbers(5, 2, 2, 1, 2),
     ),
-    LayerCase("conv1d-then-1x1", lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Conv1d(4, 2, 1)),
-              numbers(3, 2, 5)),  # fmt: skip
+    LayerCase(
+        "conv1d-then-1x1", lambda: nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Conv1d(4, 2, 1)), numbers(3, 2, 5)
+    ),
     LayerCase(
         "transpose2d-then-1x1",
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Conv2d(3, 2, 1)),
         numbers(2, 2, 2, 2),
     ),
-    LayerCase("transpose1d-1x1", lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 1), nn.ConvTranspose1d(4, 2, 1)),
-              numbers(3, 3, 4)),  # fmt: skip
+    LayerCase(
+        "transpose1d-1x1",
+        lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 1), nn.ConvTranspose1d(4, 2, 1)),
+        numbers(3, 3, 4),
+    ),
 ]
 
 # One example at one position: exact whatever follows.
@@ -208,9 +214,7 @@ ONE = [
         ),
         (
             "one-transpose2d",  # one input position and, by the padding, one output position
-            lambda: nn.Sequential(
-                nn.ConvTranspose2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)
-            ),
+            lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)),
             numbers(1, 3, 1, 1),
         ),
         ("one-token", lambda: nn.Sequential(nn.Embedding(5, 4), nn.Tanh(), nn.Linear(4, 3)), tokens(5, 1)),
@@ -278,8 +282,9 @@ NORMED = [
     LayerCase("rmsnorm", _between(lambda: nn.RMSNorm(4)), numbers(6, 3), LOSSES["ce-mean"]),
     LayerCase("rmsnorm-eps", _between(lambda: nn.RMSNorm(4, eps=0.5)), numbers(6, 3), LOSSES["bce-mean"]),
     LayerCase("rmsnorm-tokens", _between(lambda: nn.RMSNorm(4)), numbers(3, 2, 3), LOSSES["mse-mean"]),
-    LayerCase("instancenorm2d", _image(lambda: nn.InstanceNorm2d(4, affine=True)), numbers(5, 2, 4, 4),
-              LOSSES["ce-mean"]),  # fmt: skip
+    LayerCase(
+        "instancenorm2d", _image(lambda: nn.InstanceNorm2d(4, affine=True)), numbers(5, 2, 4, 4), LOSSES["ce-mean"]
+    ),
     LayerCase(
         "instancenorm1d-eval",
         lambda: nn.Sequential(
@@ -292,12 +297,8 @@ NORMED = [
         numbers(5, 2, 4),
         LOSSES["ce-mean"],
     ),
-    LayerCase(
-        "frozen-scale", _between(lambda: frozen(nn.LayerNorm(4), "weight")), numbers(6, 3), LOSSES["ce-mean"]
-    ),
-    LayerCase(
-        "frozen-shift", _between(lambda: frozen(nn.BatchNorm1d(4), "bias")), numbers(6, 3), LOSSES["ce-mean"]
-    ),
+    LayerCase("frozen-scale", _between(lambda: frozen(nn.LayerNorm(4), "weight")), numbers(6, 3), LOSSES["ce-mean"]),
+    LayerCase("frozen-shift", _between(lambda: frozen(nn.BatchNorm1d(4), "bias")), numbers(6, 3), LOSSES["ce-mean"]),
     LayerCase(
         "bias-only-linear",
         lambda: nn.Sequential(frozen(nn.Linear(3, 4), "weight"), nn.Tanh(), nn.Linear(4, 3)),
@@ -334,8 +335,9 @@ GENERAL_LAYERS = [
     )
     for name, (build, shape) in {**GEOMETRIES, **TRANSPOSED_GEOMETRIES}.items()
 ] + [
-    LayerCase("general-embedding", lambda: flat_head(nn.Embedding(5, 3), tokens(5, 4, 3)), tokens(5, 4, 3),
-              LOSSES["ce-mean"]),  # fmt: skip
+    LayerCase(
+        "general-embedding", lambda: flat_head(nn.Embedding(5, 3), tokens(5, 4, 3)), tokens(5, 4, 3), LOSSES["ce-mean"]
+    ),
     LayerCase(
         "general-tokens",
         lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.GELU(), Mean(), nn.Linear(5, 3)),
@@ -444,7 +446,9 @@ def input_rows(module: nn.Module, value: Tensor) -> Tensor:
         rows.append(per_row[:, 0].reshape(*first.shape[1:], -1))
     result = torch.stack(rows)
     bias = getattr(module, "bias", None)
-    return torch.cat([result, torch.ones_like(result[..., :1])], -1) if bias is not None and bias.requires_grad else result
+    return (
+        torch.cat([result, torch.ones_like(result[..., :1])], -1) if bias is not None and bias.requires_grad else result
+    )
 
 
 def captured(problem: Problem) -> dict[str, tuple[list[Tensor], list[Tensor]]]:

@@ -67,9 +67,7 @@ class KnownDraws(nn.Module):
 NETS = {
     "tokens": LayerCase(
         "tokens",
-        lambda: nn.Sequential(
-            nn.Embedding(6, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), Mean(), nn.Linear(5, 3)
-        ),
+        lambda: nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), Mean(), nn.Linear(5, 3)),
         tokens(6, 8, 3),
     ),
     "conv": LayerCase(
@@ -224,7 +222,9 @@ def test_a_loss_scale_drops_out(optimizer: Any, mode: str, fisher: str, scale: f
 def test_evaluation_between_steps_changes_nothing(optimizer: Any, mode: str) -> None:
     """Bit for bit, sampled vectors and all."""
     clean, busy = (BY_NAME["convnet-groups"].make() for _ in range(2))
-    used = [optimizer(problem.model, loss=problem.criterion, fisher="sampled", **MODES[mode]) for problem in (clean, busy)]
+    used = [
+        optimizer(problem.model, loss=problem.criterion, fisher="sampled", **MODES[mode]) for problem in (clean, busy)
+    ]
     for _ in range(5):
         truth.step(used[0], clean)
         look_at = busy.inputs.flip(0)

@@ -29,9 +29,7 @@ EVERY = pytest.mark.parametrize("setting", list(SETTINGS))
 NETS = {
     "tokens": LayerCase(
         "tokens",
-        lambda: nn.Sequential(
-            nn.Embedding(7, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.ReLU(), Mean(), nn.Linear(5, 3)
-        ),
+        lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.ReLU(), Mean(), nn.Linear(5, 3)),
         tokens(7, 8, 3),
         LOSSES["ce-mean"],
     ),
@@ -201,8 +199,8 @@ def the_same_example_eight_times(problem: Problem) -> None:
 def sure(problem: Problem) -> None:
     """All probabilities are 0 or 1 to the last bit and right, so sampled and exact vectors are all zero."""
     last = list(problem.model.children())[-1]
-    last.weight.mul_(1e5)  # type: ignore[operator, union-attr]
-    last.bias.mul_(1e5)  # type: ignore[operator, union-attr]
+    last.weight.mul_(1e9)  # type: ignore[operator, union-attr]
+    last.bias.mul_(1e9)  # type: ignore[operator, union-attr]
     problem.targets = problem.model(problem.inputs).argmax(1)
 
 

@@ -21,7 +21,9 @@ LAYERWISE = pytest.mark.parametrize(  # methods in which no layer's step depends
     [(KFAC, {"solver": "cholesky"}), (KFAC, {"solver": "eigh"}), (EKFAC, {})],
     ids=["kfac-cholesky", "kfac-eigh", "ekfac"],
 )
-EXACT = pytest.mark.parametrize(("optimizer", "options"), [(KFAC, {"solver": "eigh"}), (EKFAC, {})], ids=["kfac", "ekfac"])
+EXACT = pytest.mark.parametrize(
+    ("optimizer", "options"), [(KFAC, {"solver": "eigh"}), (EKFAC, {})], ids=["kfac", "ekfac"]
+)
 TUNING = pytest.mark.parametrize("tuned", [False, True], ids=["fixed", "self-tuning"])
 FIXED: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "factor_interval": 1, "inverse_interval": 1, "kl_clip": None}
 
@@ -236,7 +238,9 @@ def test_a_model_all_first_order_is_adamw(optimizer: Any, tuned: bool) -> None:
 
 @OPTIMIZERS
 @TUNING
-def test_first_is_a_kronecker_group_and_last_the_parameters_without_a_block_at_1e_3(optimizer: Any, tuned: bool) -> None:
+def test_first_is_a_kronecker_group_and_last_the_parameters_without_a_block_at_1e_3(
+    optimizer: Any, tuned: bool
+) -> None:
     problem = make()
     for given in (None, [{"params": pick(problem, *SECOND)}], [{"params": pick(problem, *FIRST), "first_order": True}]):
         used = optimizer(problem.model, loss=problem.criterion, groups=given, **({} if tuned else FIXED))
@@ -302,7 +306,9 @@ def test_schedulers_of_torch_drive_the_rates(optimizer: Any, tuned: bool, schedu
     """The optimizer under a scheduler makes the steps of one whose rates are written by hand."""
     problem, twin = make(), make()
     used, other = (
-        optimizer(p.model, loss=p.criterion, groups=[{"params": pick(p, *SECOND), "lr": 0.05}], **({} if tuned else FIXED))
+        optimizer(
+            p.model, loss=p.criterion, groups=[{"params": pick(p, *SECOND), "lr": 0.05}], **({} if tuned else FIXED)
+        )
         for p in (problem, twin)
     )
     scheduler = SCHEDULES[schedule](used)

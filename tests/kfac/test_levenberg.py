@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,9 +93,9 @@ def test_damping_falls_by_omega_to_the_fifth_every_five_steps_where_the_model_is
     for _ in range(16):
         turn(used, problem)
         seen.append(float(used.stats["damping"]))
-    changes = [new / old for old, new in zip(seen, seen[1:], strict=False)]
+    changes = [new / old for old, new in itertools.pairwise(seen)]
     falls = [count for count, change in enumerate(changes) if change != 1]
-    assert len(falls) == 3 and {b - a for a, b in zip(falls, falls[1:], strict=False)} == {5}, changes
+    assert len(falls) == 3 and {b - a for a, b in itertools.pairwise(falls)} == {5}, changes
     assert all(changes[count] == pytest.approx(OMEGA, rel=1e-6) for count in falls)
 
 

@@ -83,9 +83,7 @@ def test_in_front_of_plain_sgd_it_is_the_fixed_rule_without_momentum_and_clip(me
     one, two = BY_NAME[name].make(), BY_NAME[name].make()
     used = build(one, method, **options)
     sgd = torch.optim.SGD(one.model.parameters(), lr=1.0)
-    other = OPTIMIZER[method](
-        two.model, loss=two.criterion, lr=1.0, momentum=0.0, kl_clip=None, **options
-    )
+    other = OPTIMIZER[method](two.model, loss=two.criterion, lr=1.0, momentum=0.0, kl_clip=None, **options)
     for count in range(5):
         train(used, sgd, one)
         truth.step(other, two)
