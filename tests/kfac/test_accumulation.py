@@ -1,4 +1,4 @@
-"""k micro-batches are one batch: gradients, statistics and the quadratic model, for every Fisher and every optimizer."""
+"""k micro-batches are one batch: gradients, statistics and quadratic model, for all Fishers and all optimizers."""
 
 from __future__ import annotations
 
