@@ -254,17 +254,21 @@ def test_training_with_it_goes_down_and_never_up_at_a_checked_step(optimizer: An
 
 
 @OPTIMIZERS
-def test_its_state_resumes_bit_for_bit(optimizer: Any) -> None:
-    straight, resumed = DEEP.make(), DEEP.make()
-    used, other = build(optimizer, straight, True), build(optimizer, resumed, True)
+@TUNING
+def test_its_state_resumes_bit_for_bit(optimizer: Any, tuned: bool) -> None:
+    straight, resumed = QUADRATIC.make(), QUADRATIC.make()
+    used, other = build(optimizer, straight, tuned), build(optimizer, resumed, tuned)
     for count in range(14):
         if count == 7:
             saved = used.state_dict()
             resumed.model.load_state_dict(straight.model.state_dict())
             other.load_state_dict(saved)
+            if not tuned:
+                assert float(used.stats["damping"]) != 0.3, "the damping was never adapted: the test shows nothing"
         turn(used, straight)
         if count >= 7:
             turn(other, resumed)
+            assert used.stats["damping"] == other.stats["damping"], count
     assert torch.equal(weights(straight), weights(resumed))
     assert used.stats.keys() == other.stats.keys()
 

@@ -200,6 +200,22 @@ def test_a_broken_batch_leaves_gradients_and_factors_as_they_are(method: str, va
 
 
 @METHODS
+@pytest.mark.parametrize("name", ["0.bias", "2.weight"])
+def test_one_broken_gradient_anywhere_is_enough(method: str, name: str) -> None:
+    """As an overflow under a gradient scaler leaves it: all others stay raw, for the optimizer behind to see."""
+    problem = BY_NAME["mlp-bce-mean"].make()
+    used = build(problem, method)
+    problem.loss().backward()
+    gradients = dict(problem.model.named_parameters())
+    assert gradients[name].grad is not None
+    gradients[name].grad.view(-1)[-1] = float("inf")
+    raw = {key: p.grad.clone() for key, p in gradients.items() if p.grad is not None}
+    used.step()
+    assert float(used.stats["skipped"]) == 1
+    assert all(torch.equal(p.grad, raw[key]) for key, p in gradients.items() if p.grad is not None)
+
+
+@METHODS
 def test_micro_batches_are_one_batch(method: str) -> None:
     whole, parts = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
     expected = precondition(build(whole, method), whole)
