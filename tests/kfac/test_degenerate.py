@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ground_truth as truth
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from kfac import EKFAC, GKFAC, KFAC, Preconditioner
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
+METHODS = pytest.mark.parametrize(
+    "optimizer", [KFAC, partial(KFAC, solver="eigh"), EKFAC, GKFAC], ids=["KFAC", "KFAC-eigh", "EKFAC", "GKFAC"]
+)
 SETTINGS: dict[str, dict[str, Any]] = {
     "self-tuning": {},
     "self-tuning-sampled": {"fisher": "sampled"},
@@ -215,7 +219,7 @@ EDGES: list[Callable[[Problem], None]] = [
 ]  # fmt: skip
 
 
-@OPTIMIZERS
+@METHODS
 @EVERY
 @pytest.mark.parametrize("edge", EDGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("net", ["conv", "tokens"])
@@ -231,7 +235,7 @@ def test_training_at_the_edge_neither_breaks_nor_jumps(
     train(build(optimizer, problem, setting), problem, 8)
 
 
-@OPTIMIZERS
+@METHODS
 @EVERY
 @pytest.mark.parametrize("scale", [1e12, 1e-12])
 @pytest.mark.parametrize("what", ["inputs", "loss", "last layer"])
@@ -281,7 +285,7 @@ def test_a_model_of_zeros_trains_or_stays(optimizer: Any, setting: str, net: str
     train(build(optimizer, problem, setting), problem, 8)
 
 
-@OPTIMIZERS
+@METHODS
 @EVERY
 def test_a_sure_classifier_that_meets_a_new_batch_does_not_explode(optimizer: Any, setting: str) -> None:
     """Its sampled Fisher was next to nothing, so an undamped inverse would send it anywhere."""
