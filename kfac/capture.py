@@ -10,8 +10,11 @@ If the criterion object is not the one that is called (a functional loss), the o
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,10 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
+from . import compiling, distributed
 from .layers import LinearBlock
 
-_sending = False  # a curvature vector is on its way: it passes the hooks on the network's output, of every optimizer
+Arguments = tuple[tuple[int, str], ...]  # positions and names of the criterion's arguments that the network computes
+
+_REENTRANT = (
+    "activation checkpointing: use_reentrant=True keeps curvature vectors from the layers inside; "
+    "allowed: torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+)
+
+# While a curvature vector is on its way, for all optimizers alike: the buffers of modules whose forward was computed
+# again for it (activation checkpointing), each with its value before. None otherwise.
+_held: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] | None = None
 
 
 @dataclass
@@ -39,42 +53,116 @@ class Call:
         return self.block.inputs(self.input)
 
 
-@dataclass
+@dataclass(eq=False)
 class Forward:
-    """The calls of one forward pass, and the network's output, which is known only by a weak reference."""
+    """The calls of one forward pass, and where the network's outputs lie in the graph.
 
+    `outputs` are the edges of all tensors that the root module returned, by their position in it; `tensors` are weak.
+    `hidden` are layers that ran without a graph only; `seen` are the outputs on which a criterion was called first, and
+    `awaited` counts the criterion's calls whose backward has not come.
+    """
+
+    number: int
     calls: list[Call] = field(default_factory=list)
-    output: weakref.ref[Tensor] | None = None
-    edge: GradientEdge | None = None
-    taken: bool = False
+    outputs: dict[int, GradientEdge] = field(default_factory=dict)
+    tensors: list[weakref.ref[Tensor]] = field(default_factory=list)
+    hidden: set[LinearBlock] = field(default_factory=set)
+    seen: frozenset | None = None
+    awaited: int = 0
+
+    def alive(self) -> bool:
+        """Whether anybody can still come back with an output."""
+        return any(tensor() is not None for tensor in self.tensors)
+
+    def taken(self) -> None:
+        """One of the criterion's calls is done with; the layers' inputs are free after the last."""
+        self.awaited -= 1
+        if self.awaited <= 0:
+            self.calls = []
 
 
 @dataclass
 class Batch:
-    """One forward pass whose backward arrived: what `Capture.receive` gets.
+    """A call of the criterion whose backward arrived, with the layers' calls behind it: what `receive` gets.
 
-    `weight` is the gradient that the backward put on the criterion's value (1/k in an accumulation of k micro-batches,
-    times a loss scale), None where the criterion was not called; `loss` is that value; `gradient` is the gradient at
-    the network's output where only that is known.
+    Attributes:
+        calls: of the layers, in the order in which they were made.
+        output: what the network computed: a Tensor, or a tuple where the criterion takes several (`arguments`); an
+            entry may be a number or None as it was given.
+        edges: of these outputs in the graph, None for one that needs no gradient.
+        target: of the criterion; None where only the network's output is known.
+        loss: the criterion's value, None where it was not called.
+        weight: the gradient that the backward put on that value (1/k in an accumulation of k micro-batches, times a
+            loss scale); None where the criterion was not called.
+        gradient: the gradient at the network's output where only that is known.
+        forward: a number of the forward pass. `main` says whether the criterion saw those outputs of it on which it was
+            called first: weights of such calls are parts of one loss (mixup) and add up to that of the forward pass;
+            other calls (auxiliary heads) add curvature but no share.
+        fresh: whether a new backward began while no layer had a gradient: what was received before belongs to gradients
+            that have been dropped.
     """
 
     calls: list[Call]
-    output: Tensor
-    edge: GradientEdge
+    output: Any
+    edges: tuple[GradientEdge | None, ...]
     target: Tensor | None = None
     loss: Tensor | None = None
     weight: Tensor | None = None
     gradient: Tensor | None = None
+    forward: int = 0
+    main: bool = True
+    fresh: bool = False
+    # Nodes of DistributedDataParallel between criterion and network, each with the edge of the network's output: a
+    # vector must not run through them, which the wrapper would take for its own backward.
+    crossings: list[tuple[GradientEdge, GradientEdge]] = field(default_factory=list)
 
-    def send_back(self, vector: Tensor) -> list[Tensor | None]:
-        """The gradients at the outputs of `calls` of a vector at the network's output."""
-        global _sending
-        edges = [call.edge for call in self.calls]
-        _sending = True
-        try:
-            return list(torch.autograd.grad(self.edge, edges, vector, retain_graph=True, allow_unused=True))
-        finally:
-            _sending = False
+    def output_in(self, dtype: torch.dtype) -> Any:
+        """`output` with its tensors in a dtype: under autocast they may be in half precision."""
+        if isinstance(self.output, tuple):
+            return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in self.output)
+        return self.output.to(dtype)
+
+    def send_back(self, vector: Any) -> list[Tensor | None]:
+        """The gradients at the outputs of `calls` of a vector at the network's output (shaped as `output`).
+
+        Raises:
+            RuntimeError: where reentrant activation checkpointing lies in between.
+        """
+        vectors = vector if isinstance(vector, tuple) else (vector,)
+        sent = [(e, v) for e, v in zip(self.edges, vectors, strict=True) if e is not None and v is not None]
+        with _on_its_way():
+            if self.crossings:
+                arrived = _gradients(sent, [outer for outer, _ in self.crossings])
+                pairs = zip(self.crossings, arrived, strict=True)
+                sent = [(inner, g) for (_, inner), g in pairs if g is not None]
+            return _gradients(sent, [call.edge for call in self.calls])
+
+
+def _gradients(sent: Sequence[tuple[GradientEdge, Tensor]], arriving: Sequence[GradientEdge]) -> list[Tensor | None]:
+    if not sent:
+        return [None] * len(arriving)
+    edges, vectors = zip(*sent, strict=True)
+    try:
+        return list(torch.autograd.grad(edges, arriving, vectors, retain_graph=True, allow_unused=True))
+    except RuntimeError as error:
+        raise RuntimeError(_REENTRANT) if "use_reentrant=True" in str(error) else error from error
+
+
+@contextmanager
+def _on_its_way() -> Iterator[None]:
+    """Mark that a curvature vector is on its way; buffers that it changed are as before afterwards."""
+    global _held
+    _held = {}
+    try:
+        yield
+    finally:
+        held, _held = _held, None
+        for module, buffers in held.items():
+            for name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                # The graph has saved some of them, and its check for changes would not know that this one undoes one.
+                with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(buffer):
+                    buffer.copy_(value)
 
 
 class Hook:
@@ -88,11 +176,11 @@ class Hook:
         self.block = block
 
     def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling() or self.owner is None:
+        if torch.compiler.is_compiling() or self.owner is None:  # first, so that a compiler folds all of it to nothing
             return
         owner = self.owner()
-        if owner is None or not owner.active or _inside_backward():
-            return  # activation checkpointing runs forwards again inside the backward: not calls of their own
+        if owner is None or not owner.active or _transformed():
+            return
         getattr(owner, self.method)(*args, *(() if self.block is None else (self.block,)))
 
     def __deepcopy__(self, memo: dict) -> Hook:
@@ -106,10 +194,16 @@ class Capture:
     """Watches a model and its criterion while `active`, and hands every completed `Batch` to `receive`.
 
     Args:
-        model: the network; a `DistributedDataParallel` wrapper is looked through.
+        model: the network; wrappers (`torch.compile`, `DistributedDataParallel`) are looked through.
         criterion: the loss module that the training loop calls.
         blocks: the layers to watch.
-        receive: called with a `Batch` inside the user's backward, under `torch.no_grad()`; returns whether it was used.
+        receive: called with a `Batch` inside the user's backward, under `torch.no_grad()` and without autocast; returns
+            whether it was used.
+        arguments: position and name of each of the criterion's arguments that the network computes. The first of the
+            others is the target.
+
+    Attributes:
+        process_group: of the `DistributedDataParallel` around the model, known at the latest in its first forward.
     """
 
     def __init__(
@@ -118,98 +212,238 @@ class Capture:
         criterion: object,
         blocks: Iterable[LinearBlock],
         receive: Callable[[Batch], bool],
+        arguments: Arguments = ((0, "input"),),
     ):
-        self.active = False
         self.criterion_called = False  # once it is, a backward that does not come from it is somebody else's
+        self.process_group = distributed.process_group_of(model)
+        self._active = False
         self._receive = receive
+        self._arguments = arguments
+        self._blocks = list(blocks)
         self._forwards: list[Forward] = []
-        root = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        handles = [
-            block.module.register_forward_hook(Hook(self, "_note_call", block), with_kwargs=True) for block in blocks
-        ]
-        handles.append(root.register_forward_pre_hook(Hook(self, "_start")))
-        handles.append(root.register_forward_hook(Hook(self, "_note_output")))
-        if isinstance(criterion, nn.Module):
-            handles.append(criterion.register_forward_hook(Hook(self, "_note_criterion"), with_kwargs=True))
-        weakref.finalize(self, _remove, handles)
+        self._running: Forward | None = None  # between the root module's hooks
+        self._numbers = itertools.count()
+        self._task = -1
+        self._root = compiling.unwrapped(model)
+        self._criterion = compiling.unwrapped(criterion) if isinstance(criterion, nn.Module) else None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        weakref.finalize(self, _remove, self._handles)
+
+    @property
+    def active(self) -> bool:
+        """Whether hooks record; compiled code runs eagerly meanwhile."""
+        return self._active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        if active and not self._active:
+            self._register()
+        elif not active:
+            _remove(self._handles)
+        self._active = active
+        (compiling.arm if active else compiling.disarm)(self)
+
+    def _register(self) -> None:
+        """Hooks are there only while they are needed: at all other steps the model runs and compiles as without us."""
+        for block in self._blocks:
+            for module in block.modules:
+                # Before hooks of others, which may replace the output.
+                hook = Hook(self, "_note_call", block)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        for module in self._root.modules():
+            if module._buffers:
+                self._handles.append(module.register_forward_pre_hook(Hook(self, "_hold_buffers")))
+        self._handles.append(self._root.register_forward_pre_hook(Hook(self, "_start")))
+        self._handles.append(self._root.register_forward_hook(Hook(self, "_note_output")))
+        if self._criterion is not None:
+            hook = Hook(self, "_note_criterion")
+            self._handles.append(self._criterion.register_forward_hook(hook, with_kwargs=True))
 
     def clear(self) -> None:
         """Forget forward passes whose backward has not come."""
-        self._forwards = []
+        self._forwards, self._running, self._task = [], None, -1
+
+    # Hooks of the forward pass.
 
     def _start(self, module: nn.Module, args: tuple) -> None:
-        self._forwards = [f for f in self._forwards if f.output is not None and f.output() is not None]
-        self._forwards.append(Forward())
+        if _inside_backward():
+            return
+        self._running = None
+        if not torch.is_grad_enabled():
+            return
+        self._forwards = [forward for forward in self._forwards if forward.alive()]
+        self._running = Forward(next(self._numbers))
+        self._forwards.append(self._running)
+        wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if wrapper is not None and compiling.unwrapped(wrapper) is module:
+            self.process_group = wrapper.process_group
 
     def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor, block: LinearBlock) -> None:
+        if _inside_backward():  # activation checkpointing runs forwards again: not calls of their own
+            if _held is None and torch.is_grad_enabled() and any(block in f.hidden for f in self._forwards):
+                raise RuntimeError(_REENTRANT)
+            return
         if not torch.is_grad_enabled() or not output.requires_grad:
+            if self._running is not None and all(call.block is not block for call in self._running.calls):
+                self._running.hidden.add(block)
             return
         if not self._forwards:  # a layer called on its own, not through the root module
-            self._forwards.append(Forward())
+            self._forwards.append(Forward(next(self._numbers)))
         x = args[0] if args else kwargs["input"]
+        self._forwards[-1].hidden.discard(block)
         self._forwards[-1].calls.append(Call(block, x.detach(), get_gradient_edge(output)))
 
+    def _hold_buffers(self, module: nn.Module, args: tuple) -> None:
+        """Keep buffers (running statistics) that a forward on behalf of a curvature vector is about to change."""
+        if _held is not None and _inside_backward() and module not in _held:
+            buffers = [(name, b) for name, b in module._buffers.items() if b is not None]
+            _held[module] = [(name, b, b.detach().clone()) for name, b in buffers]
+
+    def _note_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        forward, self._running = self._running, None
+        if forward is None or forward.awaited or _inside_backward():
+            return  # where the model calls the criterion itself, its output is no output of the network
+        tensors = {i: t for i, t in enumerate(_leaves(output)) if isinstance(t, Tensor) and t.requires_grad}
+        forward.outputs = {i: get_gradient_edge(t) for i, t in tensors.items()}
+        forward.tensors = [weakref.ref(t) for t in tensors.values()]
+        if not tensors or len(self._arguments) > 1:
+            return
+        # The first that can be a batch of outputs: where a model returns its loss too, that has no dimension.
+        index = next((i for i, t in tensors.items() if t.dim()), next(iter(tensors)))
+        value = tensors[index].detach()
+        # Only weak references: the hook lives on a node that the forward's edges lead back to.
+        weak, weak_forward = weakref.ref(self), weakref.ref(forward)
+
+        def arrive(gradient: Tensor) -> None:
+            capture, forward = weak(), weak_forward()
+            if capture is None or capture.criterion_called or forward is None or not forward.calls:
+                return
+            if _held is not None or torch._C._functorch.is_legacy_batchedtensor(gradient):
+                return  # a curvature vector, or a Jacobian by many backwards at once: not a training step
+            edges = (forward.outputs[index],)
+            batch = Batch(forward.calls, value, edges, gradient=gradient.detach(), forward=forward.number)
+            capture._deliver(batch, [forward])
+
+        tensors[index].register_hook(arrive)
+
     def _note_criterion(self, module: nn.Module, args: tuple, kwargs: dict, loss: Tensor) -> None:
-        output = args[0] if args else kwargs["input"]
-        target = args[1] if len(args) > 1 else kwargs.get("target")
-        if not self._forwards or not torch.is_grad_enabled() or not output.requires_grad:
+        if not self._forwards or not torch.is_grad_enabled() or _inside_backward():
             return
-        own = [f for f in self._forwards if f.output is not None and f.output() is output]
-        forward = own[0] if own else self._forwards[-1]
-        if forward.taken or not forward.calls:
+        given = dict(enumerate(args)) | kwargs
+        output = tuple(given.get(position, given.get(name)) for position, name in self._arguments)
+        edges = tuple(get_gradient_edge(x) if isinstance(x, Tensor) and x.requires_grad else None for x in output)
+        if not isinstance(loss, Tensor) or not loss.requires_grad or not any(edges):
             return
-        batch = Batch(forward.calls, output.detach(), get_gradient_edge(output), target, loss.detach())
+        position = next(i for i in itertools.count() if all(i != used for used, _ in self._arguments))
+        target = given.get(position, given.get("target"))
+        found, crossings = _walk([edge for edge in edges if edge], self._forwards)
+        forwards = [f for f in self._forwards if f in found.values()] or self._forwards[-1:]
+        calls = [call for forward in forwards for call in forward.calls]
+        if not calls:
+            return
+        values = tuple(x.detach() if isinstance(x, Tensor) else x for x in output)
+        first = forwards[0]
+        first.seen = frozenset(found) if first.seen is None else first.seen
+        batch = Batch(
+            calls,
+            values if len(values) > 1 else values[0],
+            edges,
+            target,
+            loss.detach().clone(),  # the loop may scale it in place
+            forward=first.number,
+            main=first.seen == frozenset(found),
+            crossings=crossings,
+        )
+        for forward in forwards:
+            forward.awaited += 1
         weak = weakref.ref(self)
 
         def arrive(weight: Tensor) -> None:
+            capture = weak()
+            if capture is None or not batch.calls or torch._C._functorch.is_legacy_batchedtensor(weight):
+                return
             batch.weight = weight.detach()
-            if (capture := weak()) is not None and capture._deliver(forward, batch):
+            if capture._deliver(batch, forwards):
                 capture.criterion_called = True
 
         loss.register_hook(arrive)
 
-    def _note_output(self, module: nn.Module, args: tuple, output: Any) -> None:
-        output = _first_tensor(output)
-        if not self._forwards or output is None or not output.requires_grad:
-            return
-        self._forwards[-1].output = weakref.ref(output)
-        self._forwards[-1].edge = get_gradient_edge(output)
-        value = output.detach()
-        # Only weak references: the hook lives on a node that the forward's edges lead back to.
-        weak, weak_forward = weakref.ref(self), weakref.ref(self._forwards[-1])
-
-        def arrive(gradient: Tensor) -> None:
-            capture, forward = weak(), weak_forward()
-            if capture is None or capture.criterion_called or forward is None or forward.edge is None:
-                return
-            if _sending or torch._C._functorch.is_legacy_batchedtensor(gradient):
-                return  # a curvature vector, or a Jacobian by many backwards at once: not a training step
-            capture._deliver(forward, Batch(forward.calls, value, forward.edge, gradient=gradient.detach()))
-
-        output.register_hook(arrive)
-
-    def _deliver(self, forward: Forward, batch: Batch) -> bool:
-        """Hand over a forward pass once; False where the batch is not one of it (nothing came back to its layers)."""
-        if forward.taken or not self.active:
+    def _deliver(self, batch: Batch, forwards: list[Forward]) -> bool:
+        """Hand over a batch once; False where it is not one of the model (nothing came back to its layers)."""
+        if not self.active:
             return False
-        with torch.no_grad():
-            forward.taken = self._receive(batch)
-        if forward.taken:
-            forward.calls, batch.calls = [], []
-        return forward.taken
+        task = torch._C._current_graph_task_id()
+        parameters = itertools.chain.from_iterable(block.parameters for block in self._blocks)
+        batch.fresh = task != self._task and all(parameter.grad is None for parameter in parameters)
+        device = batch.calls[0].input.device
+        # Where the backward runs in a thread of its own it has modes of its own, so both are set here.
+        with torch.no_grad(), without_autocast(device):
+            taken = self._receive(batch)
+        if taken:
+            self._task = task
+            batch.calls = []
+            for forward in forwards:
+                forward.taken()
+        return taken
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which operations on `device` have the dtypes of their inputs, whatever region the caller is in."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    return next((found for value in values if (found := _first_tensor(value)) is not None), None)
+def _transformed() -> bool:
+    """Whether this runs for a function transform (vmap, functional grad) or a trace: tensors are not a batch's."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
+
+
+def _leaves(output: Any) -> Iterator[Any]:
+    """What a network's output consists of: the leaves of its pytree, and of containers that pytree does not know."""
+    for leaf in tree_leaves(output):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            leaf = vars(leaf)
+        if isinstance(leaf, (dict, list, tuple)):
+            yield from _leaves(list(leaf.values()) if isinstance(leaf, dict) else list(leaf))
+        else:
+            yield leaf
+
+
+def _walk(
+    starts: Iterable[GradientEdge], forwards: Sequence[Forward]
+) -> tuple[dict[tuple, Forward], list[tuple[GradientEdge, GradientEdge]]]:
+    """The networks' outputs that edges of the graph lead back to, and the nodes of DistributedDataParallel before them.
+
+    With a single output this is a step or two; what lies behind an output is not looked at.
+    """
+    outputs = {(e.node, e.output_nr): forward for forward in forwards for e in forward.outputs.values()}
+    found: dict[tuple, Forward] = {}
+    crossings = []
+    waiting = [(edge.node, edge.output_nr) for edge in starts] if outputs else []
+    entered = set(waiting)
+    while waiting:
+        node, number = waiting.pop()
+        if (node, number) in outputs:
+            found[node, number] = outputs[node, number]
+            continue
+        behind = [(before, index) for before, index in node.next_functions if before is not None]
+        if node.name() == "_DDPSinkBackward":
+            # Its outputs are the leaves of the network's output, number by number.
+            owner = next((outputs[edge] for edge in behind if edge in outputs), None)
+            inner = owner.outputs.get(number) if owner is not None else None
+            if inner is not None:
+                crossings.append((GradientEdge(node, number), inner))
+                behind = [(inner.node, inner.output_nr)]
+        waiting += [edge for edge in behind if edge not in entered]
+        entered.update(behind)
+    return found, crossings
 
 
 def _remove(handles: list) -> None:
-    for handle in handles:
-        handle.remove()
+    while handles:
+        handles.pop().remove()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import factors, losses
+from . import distributed, factors, losses
 from .capture import Batch
 from .layers import LinearBlock
 
@@ -58,17 +59,37 @@ class Collector:
         self.model_rows: list[Rows] = []
         self.factor_rows: list[Rows] = []
         self.weights: list[Tensor] = []
+        self.shares: dict[int, Tensor] = {}  # what each forward pass has in the loss; auxiliary terms have none
         self.losses: list[Tensor] = []
+        self._totals: Tensor | None = None  # over all ranks: of the shares, how many there are, of weights times losses
 
     def norm(self) -> Tensor:
         """What weights are divided by, so that 1/k and an AMP scale drop out: their sum, or their mean for "sum"."""
-        total = torch.stack(self.weights).sum()
-        return total if self.mean else total / len(self.weights)
+        shares, count, _ = self._sums_of_weights() if self._totals is None else self._totals.unbind()
+        return shares if self.mean else shares / count
 
     def loss(self) -> Tensor:
         """The criterion's value over all batches."""
-        weighted = [weight * value for weight, value in zip(self.weights, self.losses, strict=True)]
-        return torch.stack(weighted).sum() / self.norm()
+        return (self._sums_of_weights() if self._totals is None else self._totals)[2] / self.norm()
+
+    def _sums_of_weights(self) -> Tensor:
+        shares = torch.stack(list(self.shares.values()) or self.weights)
+        values = [weight * value for weight, value in zip(self.weights, self.losses, strict=False)]
+        value = torch.stack(values).sum() if values else torch.zeros_like(shares[0])
+        return torch.stack([shares.sum(), torch.full_like(value, len(shares)), value])
+
+    def values(self) -> list[Tensor]:
+        """What has to be finite beside the statistics."""
+        return self.losses if self._totals is None else [self._totals]
+
+    def share(self, group: Any) -> None:
+        """Sum over the ranks of a process group, each of which has called the same layers; alone without a group."""
+        if group is None or not self.weights:
+            return
+        tensors = [x for entry in self.sums.values() for x in entry]
+        *tensors, self._totals = distributed.sum_over_ranks([*tensors, self._sums_of_weights()], group)
+        triples = zip(*[iter(tensors)] * 3, strict=True)
+        self.sums = dict(zip(self.sums, triples, strict=True))
 
     def weighted(self, rows: list[Rows]) -> list[Rows]:
         """The batches' weights put into their gradient rows, so that rows of several batches add up."""
@@ -87,9 +108,10 @@ class Collector:
         """Take a batch's curvature; False where its output does not depend on the layers that were called."""
         if not batch.calls:
             return False
-        dtype = batch.calls[0].block.weight.dtype
-        output, target = batch.output.to(dtype), batch.target
-        weight = output.new_ones(()) if batch.weight is None else batch.weight.to(dtype)
+        like = batch.calls[0].block.parameters[0]
+        dtype, device = like.dtype, batch.calls[0].input.device
+        output, target = batch.output_in(dtype), batch.target
+        weight = torch.ones((), device=device, dtype=dtype) if batch.weight is None else batch.weight.to(dtype)
         many = self.curvature.outputs(output) > EXACT_OUTPUTS
         fisher = ("sampled" if many else "exact") if self.fisher == "auto" else self.fisher
         factor_rows = model_rows = None
@@ -98,14 +120,16 @@ class Collector:
         if self.model_due:
             model_rows = factor_rows
             if factor_rows is None or fisher != "sampled":
-                vectors = self.curvature.sampled(output, target, 1, self.generator(output.device))
+                vectors = self.curvature.sampled(output, target, 1, self.generator(device))
                 model_rows = _send_back(batch, list(vectors), weight)
         if not any(rows and rows.layers for rows in (factor_rows, model_rows)):
             return False
 
-        if batch.loss is not None and not self.losses:
-            self.clear()  # what came before the criterion's first call was a backward of somebody else
+        if batch.fresh or (batch.loss is not None and not self.losses):
+            self.clear()  # what came before belongs to gradients that were dropped, or to somebody else's backward
         self.weights.append(weight)
+        if batch.main:
+            self.shares[batch.forward] = self.shares.get(batch.forward, 0) + weight
         if batch.loss is not None:
             self.losses.append(batch.loss.to(dtype))
         if factor_rows is not None:
@@ -117,11 +141,12 @@ class Collector:
             self.model_rows.append(_quarter(model_rows) if many else model_rows)
         return True
 
-    def _vectors(self, fisher: str, batch: Batch, output: Tensor) -> list[Tensor]:
+    def _vectors(self, fisher: str, batch: Batch, output: Any) -> list[Tensor]:
         if fisher == "exact":
             return list(self.curvature.exact(output, batch.target))
         if fisher == "sampled":
-            return list(self.curvature.sampled(output, batch.target, self.samples, self.generator(output.device)))
+            device = batch.calls[0].input.device
+            return list(self.curvature.sampled(output, batch.target, self.samples, self.generator(device)))
         if batch.target is not None:
             return list(self.curvature.empirical(output, batch.target))
         # Only c dl/df, the gradient at the output, is known; a vector is sqrt(c) dl/df.
@@ -137,7 +162,7 @@ class Collector:
             self.sums[block] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]
 
 
-def _send_back(batch: Batch, vectors: list[Tensor], weight: Tensor) -> Rows:
+def _send_back(batch: Batch, vectors: list[Any], weight: Tensor) -> Rows:
     """Send vectors back and bring every layer to rows with the same examples in dimension N."""
     inputs: dict[LinearBlock, list[Tensor]] = {}
     gradients: dict[LinearBlock, list[Tensor]] = {}

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import factors, quadratic
-from .capture import Batch, Capture
+from . import compiling, distributed, factors, quadratic
+from .capture import Batch, Capture, without_autocast
 from .collect import Collector
 from .later import Later
 from .layers import LinearBlock, find_blocks
@@ -66,7 +66,7 @@ class Curvature:
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.stats: dict[str, Tensor] = {}
         self.phase: Callable[[str], AbstractContextManager] = no_phase
-        self.blocks = list(find_blocks(model))
+        self.blocks = list(find_blocks(compiling.unwrapped(model)))
         self.states: dict[LinearBlock, BlockState] = {}  # of the blocks that have statistics
         self.step = 0
         self.trust: Tensor | None = None
@@ -81,7 +81,8 @@ class Curvature:
         self._skipped: Later | None = None
         self._failures: tuple[list[LinearBlock], Later] | None = None
         weak = weakref.WeakMethod(self._receive)
-        self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch))
+        arguments = getattr(self.collector.curvature, "arguments", ((0, "input"),))
+        self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch), arguments)
 
     # Statistics.
 
@@ -110,9 +111,14 @@ class Curvature:
         """A context in which forwards and backwards leave no statistics."""
         return _Paused(self._capture)
 
+    def unmixed(self) -> AbstractContextManager:
+        """A context for a step's own arithmetic, whatever autocast region the loop is in."""
+        return without_autocast(self.blocks[0].parameters[0].device) if self.blocks else nullcontext()
+
     def drop(self) -> None:
         """Forget what was collected with gradients that are dropped; forwards whose backward is to come stay."""
-        self.collector.clear()
+        if self._capture.active:  # paused, an evaluation drops gradients of its own
+            self.collector.clear()
 
     def gather(self, needs_loss: bool) -> None:
         """Take what the backwards left; `needs_loss` says that the step cannot do without the criterion's value.
@@ -122,6 +128,7 @@ class Curvature:
         """
         if not self._capture.active:
             return
+        self.collector.share(self._capture.process_group)
         if not self.collector.weights:
             if any(block.parameters[0].grad is not None for block in self.blocks):
                 self.warn(
@@ -144,7 +151,7 @@ class Curvature:
         """Whether all that a step works on is finite: `tensors`, losses, new statistics; 0-dimensional bool."""
         # A row that is not finite shows on the diagonal of its own outer product.
         diagonals = [x.diagonal(dim1=-2, dim2=-1) for a, _, g in self.collector.sums.values() for x in (a, g)]
-        checked = [*tensors, *self.collector.losses, *diagonals]
+        checked = [*tensors, *self.collector.values(), *diagonals]
         if not checked:
             return torch.ones((), dtype=torch.bool)
         # A norm is finite only if every entry is, and one call takes them all.
@@ -243,7 +250,11 @@ class Curvature:
             if products:
                 s = torch.stack(products).sum(0)
                 form = form + s.mT @ s * (rows.weight / self.collector.norm())
-        return form
+        return self.sum_over_ranks([form])[0]
+
+    def sum_over_ranks(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors summed over the processes of `DistributedDataParallel`."""
+        return distributed.sum_over_ranks(tensors, self._capture.process_group)
 
     def finish(self, finite: Tensor) -> None:
         """Count a step that was made."""

@@ -59,6 +59,7 @@ class KroneckerEigenMethod(Method):
             new = torch.stack(
                 [factors.squared_gradients(a @ basis_a[:, None], g @ basis_g[:, None, None]) for a, g in own]
             ).sum(0)
+            (new,) = curvature.sum_over_ranks([new])
             state.solver["scale_count"] += finite
             count = state.solver["scale_count"]
             factors.update_average(state.solver["scales"], new, count, curvature.stat_decay, finite)

@@ -62,10 +62,12 @@ class TwoLevelMethod(KroneckerMethod):
         if not parts:
             return x
         dampings = [curvature.dampings[block] for block in blocks]
-        curved = [damping * v for damping, v in zip(dampings, x, strict=True)]
+        curved = [torch.zeros_like(v) for v in x]
         of_x = [coarse.products(layers, [v[None] for v in x]) for layers in parts]
         for layers, s in zip(parts, of_x, strict=True):
             curved = [c + f for c, f in zip(curved, coarse.curvature_times(layers, x, s.sum(1)), strict=True)]
+        curved = curvature.sum_over_ranks(curved)
+        curved = [c + damping * v for c, damping, v in zip(curved, dampings, x, strict=True)]
         residual = [g - c for g, c in zip(gradients, curved, strict=True)]
         if self.coarse_space == "krylov":
             second = super().directions(curvature, blocks, curved)
@@ -77,6 +79,8 @@ class TwoLevelMethod(KroneckerMethod):
         else:
             spaces = [torch.full_like(v, v.numel() ** -0.5)[None] for v in x]
             fisher = self._constant_fisher(curvature, blocks, parts, spaces)
+        if self.coarse_fisher == "exact":
+            (fisher,) = curvature.sum_over_ranks([fisher])
         system = coarse.block_gram(spaces, dampings) + fisher
         right_side = coarse.restrict(spaces, residual if self.combination == "deflated" else gradients)
         y, gain, left = coarse.solve(system, right_side)

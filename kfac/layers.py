@@ -27,7 +27,7 @@ class LinearBlock:
 
     def __init__(self, name: str, module: nn.Module):
         self.name = name
-        self.module = module
+        self.module, self.modules = module, [module]
         self.weight: nn.Parameter = module.weight  # type: ignore[assignment]
         bias = module._parameters.get("bias")
         self.bias = bias if bias is not None and bias.requires_grad else None

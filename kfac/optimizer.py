@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import compiling
 from . import groups as param_groups
 from .curvature import Curvature
 from .fallback import FALLBACK_LR, Fallback
@@ -150,7 +151,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         split = param_groups.split(given, self.blocks, model, self._fallback)
         if not split:
             raise ValueError("model: it has no parameter that requires a gradient")
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._names = {id(p): name for name, p in compiling.unwrapped(model).named_parameters()}
         defaults = {
             "lr": 1.0 if lr is None else lr,
             "momentum": momentum,
@@ -206,6 +207,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
+        with self._curvature.unmixed():
+            return self._step(closure, value)
+
+    def _step(self, closure: Callable[[], Any] | None, value: Any) -> Any:
         curvature = self._curvature
         curvature.gather(needs_loss=self.self_tuning)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -260,8 +265,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             finite,
             first_order,
             curvature.dampings[blocks[0]] if blocks else finite.new_zeros(()),
-            rows=collector.model_rows,
-            norm=collector.norm() if collector.weights else None,
+            form=curvature.quadratic_form,
             loss=collector.loss() if collector.losses else None,
             step=curvature.step,
         )

@@ -105,6 +105,10 @@ class Preconditioner:
 
         Where a gradient or a statistic is not finite, all gradients stay as they are.
         """
+        with self._curvature.unmixed():
+            self._step()
+
+    def _step(self) -> None:
         curvature = self._curvature
         curvature.gather(needs_loss=False)
         blocks = [block for block in self.blocks if block.parameters[0].grad is not None]

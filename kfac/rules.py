@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import clip, quadratic
-from .collect import Rows
 from .layers import LinearBlock
 
 
@@ -35,8 +34,7 @@ class Problem:
     finite: Tensor
     first_order: Tensor
     damping: Tensor
-    rows: list[Rows]
-    norm: Tensor | None
+    form: Callable[[dict[LinearBlock, Tensor]], Tensor]
     loss: Tensor | None
     step: int
 
@@ -114,7 +112,8 @@ class SelfTuningRule:
         assert problem.loss is not None
         # One vector over all layers: few large operations instead of many small ones.
         pair = torch.stack([-_flat(problem.solve(problem.gradients)), _flat(problem.buffers)])
-        form = problem.damping * (pair @ pair.T) + self._curvature(problem, pair)
+        directions = dict(zip(problem.blocks, _split(pair, problem), strict=True))
+        form = problem.damping * (pair @ pair.T) + problem.form(directions)
         slope = pair @ _flat(problem.gradients)
         largest = form.new_ones(())
         if self.alpha_mean is not None:
@@ -143,22 +142,6 @@ class SelfTuningRule:
         }
         buffers = [torch.where(finite, new, old) for new, old in zip(steps, problem.buffers, strict=True)]
         return Plan(steps, buffers, [rate * alpha for rate in rates], None, finite, stats)
-
-    def _curvature(self, problem: Problem, pair: Tensor) -> Tensor:
-        """V^T F V for the two directions V: [2, 2]."""
-        assert problem.norm is not None
-        form = pair.new_zeros(2, 2)
-        directions = dict(zip(problem.blocks, _split(pair, problem), strict=True))
-        for rows in problem.rows:
-            products = [
-                quadratic.row_products(a, g, directions[block])
-                for block, (a, g) in rows.layers.items()
-                if block in directions
-            ]
-            if products:
-                s = torch.stack(products).sum(0)
-                form = form + s.mT @ s * (rows.weight / problem.norm)
-        return form
 
 
 def _flat(blocks: list[Tensor]) -> Tensor:

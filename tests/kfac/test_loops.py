@@ -1,0 +1,242 @@
+"""Training loops of every shape: gradients that are dropped, derivatives of the user's own, hooks of others."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from typing import Any
+
+import ground_truth as truth
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BY_NAME
+from torch import Tensor, nn
+
+from kfac import EKFAC, GKFAC, KFAC
+
+OPTIMIZERS = pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
+EVERY: dict[str, Any] = {"factor_interval": 1, "inverse_interval": 1}
+FIXED: dict[str, Any] = {"lr": 0.05, "damping": 0.1, **EVERY}
+RULES = pytest.mark.parametrize("options", [EVERY, FIXED], ids=["self-tuning", "fixed"])
+
+
+def weights(model: nn.Module) -> Tensor:
+    return truth.vector(parameter.detach().clone() for parameter in model.parameters())
+
+
+# Gradients that are dropped, and those that are not
+
+
+ORDERS = ["zero forward backward", "forward zero backward", "zero forward zero backward", "forward forward backward"]
+
+
+@OPTIMIZERS
+@RULES
+@pytest.mark.parametrize("order", ORDERS)
+def test_zero_grad_may_come_anywhere_before_the_backward(optimizer: Any, options: Any, order: str) -> None:
+    plain, other = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    first, second = (optimizer(p.model, loss=p.criterion, **options) for p in (plain, other))
+    for _ in range(3):
+        first.zero_grad()
+        plain.loss().backward()
+        first.step()
+        if "zero" not in order:
+            second.zero_grad()
+        for action in order.split():
+            if action == "zero":
+                second.zero_grad()
+            elif action == "forward":
+                loss = other.loss()
+            else:
+                loss.backward()
+        second.step()
+        assert torch.equal(weights(plain.model), weights(other.model))
+
+
+def dropped_by_optimizer(used: Any, model: nn.Module) -> None:
+    used.zero_grad()
+
+
+def dropped_by_zeros(used: Any, model: nn.Module) -> None:
+    used.zero_grad(set_to_none=False)
+
+
+def dropped_by_model(used: Any, model: nn.Module) -> None:
+    model.zero_grad()
+
+
+DROPS = pytest.mark.parametrize("drop", [dropped_by_optimizer, dropped_by_zeros, dropped_by_model])
+
+
+@OPTIMIZERS
+@RULES
+@DROPS
+def test_statistics_go_with_gradients_that_are_dropped(optimizer: Any, options: Any, drop: Any) -> None:
+    """A batch whose gradients are thrown away, as after an overflow, is as if it had never been."""
+    clean, other = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    first, second = (optimizer(p.model, loss=p.criterion, fisher="exact", **options) for p in (clean, other))
+    for _ in range(2 if options is FIXED else 1):  # when self-tuning, the batch has drawn vectors by then
+        for problem, used in ((clean, first), (other, second)):
+            used.zero_grad()
+            if problem is other:
+                (1e4 * problem.criterion(problem.model(5 * problem.inputs), problem.targets)).backward()
+                drop(used, problem.model)
+            for inputs, targets in zip(problem.inputs.split(3), problem.targets.split(3), strict=True):
+                (problem.criterion(problem.model(inputs), targets) / 2).backward()
+            used.step()
+        for name, layer in first.curvature().items():
+            assert truth.relative_error(second.curvature()[name].G, layer.G) < 1e-12
+    if options is FIXED:
+        assert truth.relative_error(weights(other.model), weights(clean.model)) < 1e-10
+
+
+# Derivatives of the user's own
+
+
+def test_an_attack_before_the_training_step_leaves_no_trace() -> None:
+    """Gradients of the loss by the inputs, and a forward whose backward never comes."""
+    clean, other = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    first, second = (KFAC(p.model, loss=p.criterion, fisher="exact", **FIXED) for p in (clean, other))
+    for _ in range(2):
+        inputs = (3 * other.inputs).requires_grad_()
+        torch.autograd.grad(other.criterion(other.model(inputs), other.targets), inputs)
+        other.loss()
+        truth.step(first, clean)
+        truth.step(second, other)
+        assert torch.equal(weights(clean.model), weights(other.model))
+
+
+@OPTIMIZERS
+@RULES
+def test_a_gradient_penalty_is_differentiated_through(optimizer: Any, options: Any) -> None:
+    """Double backward: gradients are those without the optimizer, and the batch counts once."""
+    alone, watched = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    used = optimizer(watched.model, loss=watched.criterion, **options)
+    for problem in (alone, watched):
+        inputs = problem.inputs.clone().requires_grad_()
+        loss = problem.criterion(problem.model(inputs), problem.targets)
+        (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
+        (loss + slope.square().sum()).backward()
+    for own, other in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
+        assert own.grad is not None and other.grad is not None and torch.equal(own.grad, other.grad)
+    used.step()
+    plain = BY_NAME["mlp-ce-mean"].make()
+    reference = optimizer(plain.model, loss=plain.criterion, **options)
+    truth.step(reference, plain)
+    for name, layer in reference.curvature().items():
+        assert truth.relative_error(used.curvature()[name].G, layer.G) < 1e-12
+
+
+def test_a_graph_that_is_retained_counts_once() -> None:
+    plain, other = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    first, second = (KFAC(p.model, loss=p.criterion, **FIXED) for p in (plain, other))
+    truth.step(first, plain)
+    loss = other.loss()
+    loss.backward(retain_graph=True)
+    other.model.zero_grad()
+    loss.backward()
+    second.step()
+    for name, layer in first.curvature().items():
+        assert torch.equal(second.curvature()[name].G, layer.G)
+
+
+@RULES
+def test_function_transforms_and_traces_run_while_statistics_are_due(options: Any) -> None:
+    clean, other = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    first, second = (KFAC(p.model, loss=p.criterion, **options) for p in (clean, other))
+    model, x, y = other.model, other.inputs, other.targets
+
+    def loss_of(parameters: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
+        return other.criterion(torch.func.functional_call(model, parameters, (one[None],)), label[None])
+
+    parameters = dict(model.named_parameters())
+    for _ in range(2):
+        per_example = torch.func.vmap(torch.func.grad(loss_of), (None, 0, 0))(parameters, x, y)
+        assert per_example["0.weight"].shape[0] == len(x)
+        torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+        torch.func.jvp(model, (x,), (x,))
+        torch.autograd.functional.jacobian(model, x, vectorize=True)
+        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+        torch.export.export(model, (x,))
+        truth.step(first, clean)
+        truth.step(second, other)
+        assert torch.equal(weights(clean.model), weights(model))
+
+
+def test_functional_call_with_the_models_own_parameters_is_a_training_step() -> None:
+    plain, other = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    first, second = (KFAC(p.model, loss=p.criterion, **FIXED) for p in (plain, other))
+    truth.step(first, plain)
+    output = torch.func.functional_call(other.model, dict(other.model.named_parameters()), (other.inputs,))
+    other.criterion(output, other.targets).backward()
+    second.step()
+    assert torch.equal(weights(plain.model), weights(other.model))
+
+
+# Other guests
+
+
+def test_hooks_of_others_that_replace_outputs_belong_to_the_network() -> None:
+    """Whether set before or after ours, at a layer or at the root."""
+    scaled, watched = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Sequential) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, value: Tensor) -> Tensor:
+            return 3 * self.inner[2](self.inner[1](2 * self.inner[0](value)))
+
+    early = watched.model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    first = KFAC(Scaled(scaled.model), loss=scaled.criterion, **FIXED)
+    second = KFAC(watched.model, loss=watched.criterion, **FIXED)
+    late = watched.model.register_forward_hook(lambda module, args, output: 3 * output)
+    wrapped = Scaled(scaled.model)
+    del first
+    first = KFAC(wrapped, loss=scaled.criterion, **FIXED)
+    for _ in range(2):
+        scaled.criterion(wrapped(scaled.inputs), scaled.targets).backward()
+        watched.loss().backward()
+        for used in (first, second):
+            used.step()
+            used.zero_grad()
+        assert truth.relative_error(weights(watched.model), weights(scaled.model)) < 1e-12
+    early.remove()
+    late.remove()
+
+
+def test_no_hook_is_there_at_steps_where_nothing_is_due() -> None:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    used = KFAC(problem.model, loss=problem.criterion, lr=0.05, factor_interval=3)
+    counts = []
+    for _ in range(5):
+        counts.append(sum(len(module._forward_hooks) for module in problem.model.modules()) > 0)
+        truth.step(used, problem)
+    assert counts == [True, False, False, True, False]
+
+
+def test_a_graph_is_freed_with_its_loss() -> None:
+    """No cycle through the autograd graph keeps activations until the garbage collector comes."""
+    for criterion_called in (True, False):
+        problem = BY_NAME["mlp-ce-mean"].make()
+        used = KFAC(problem.model, loss=problem.criterion, **FIXED)
+        probe = nn.Identity()
+        freed: list[Any] = []
+        probe.register_forward_hook(lambda module, args, output: freed.append(weakref.ref(output)))  # noqa: B023
+        problem.model.insert(1, probe)
+        gc.collect()
+        gc.disable()
+        try:
+            out = problem.model(problem.inputs * 1)
+            loss = (problem.criterion if criterion_called else F.cross_entropy)(out, problem.targets)
+            loss.backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                used.step()
+            del out, loss
+            assert all(tensor() is None for tensor in freed) and freed
+        finally:
+            gc.enable()
