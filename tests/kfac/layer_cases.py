@@ -18,7 +18,7 @@ from cases import LOSSES, Flat, Problem, draw_targets
 from torch import Tensor, nn
 
 NORMS = (
-    nn.modules.batchnorm._BatchNorm,  # the InstanceNorms are subclasses
+    nn.modules.batchnorm._NormBase,  # of BatchNorm and InstanceNorm in all dimensions
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,

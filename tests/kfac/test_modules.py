@@ -24,7 +24,7 @@ TUNING = pytest.mark.parametrize("tuned", [False, True], ids=["fixed", "self-tun
 EXACT = pytest.mark.parametrize(
     ("optimizer", "options"), [(KFAC, {"solver": "eigh"}), (EKFAC, {})], ids=["kfac-eigh", "ekfac"]
 )
-FIXED: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "factor_interval": 1, "inverse_interval": 1}
+FIXED: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "kl_clip": None, "factor_interval": 1, "inverse_interval": 1}
 
 
 # Frozen, unused, lazy, parametrized
