@@ -302,7 +302,7 @@ def test_a_weight_tied_between_two_layers_is_one_layer_called_twice(optimizer: A
     twice = LayerCase("twice", Untied, numbers(6, 4)).make()
     with torch.no_grad():
         twice.model.get_parameter("first.weight").copy_(tied.model.get_parameter("first.weight"))
-    twice.targets = tied.targets
+    twice.inputs, twice.targets = tied.inputs, tied.targets
     options = {"sharing": sharing, "fisher": "exact", **({} if tuned else FIXED)}
     first, second = (optimizer(p.model, loss=p.criterion, **options) for p in (tied, twice))
     for _ in range(4):
