@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from . import compiling, distributed
-from .layers import LinearBlock
+from .layers import Block
 
 Arguments = tuple[tuple[int, str], ...]  # positions and names of the criterion's arguments that the network computes
 
@@ -41,16 +41,18 @@ _held: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] | None = None
 
 @dataclass
 class Call:
-    """One call of a layer: its block, its input, and where gradients of its output arrive."""
+    """One call of a layer: its block, its input, where gradients of its output arrive; `context` is the block's."""
 
-    block: LinearBlock
+    block: Block
+    module: nn.Module
     input: Tensor
     edge: GradientEdge
+    context: Any = None
 
     @cached_property
     def rows(self) -> Tensor:
-        """The input as rows a: [K, N, T, d_in]."""
-        return self.block.inputs(self.input)
+        """The input as rows a, as `Block.inputs` gives them."""
+        return self.block.inputs(self.input, self.module, self.context)
 
 
 @dataclass(eq=False)
@@ -66,7 +68,7 @@ class Forward:
     calls: list[Call] = field(default_factory=list)
     outputs: dict[int, GradientEdge] = field(default_factory=dict)
     tensors: list[weakref.ref[Tensor]] = field(default_factory=list)
-    hidden: set[LinearBlock] = field(default_factory=set)
+    hidden: set[Block] = field(default_factory=set)
     seen: frozenset | None = None
     awaited: int = 0
 
@@ -170,7 +172,7 @@ class Hook:
 
     __name__ = "kfac_hook"
 
-    def __init__(self, owner: Capture | None, method: str, block: LinearBlock | None = None):
+    def __init__(self, owner: Capture | None, method: str, block: Block | None = None):
         self.owner = weakref.ref(owner) if owner is not None else None
         self.method = method
         self.block = block
@@ -210,7 +212,7 @@ class Capture:
         self,
         model: nn.Module,
         criterion: object,
-        blocks: Iterable[LinearBlock],
+        blocks: Iterable[Block],
         receive: Callable[[Batch], bool],
         arguments: Arguments = ((0, "input"),),
     ):
@@ -267,6 +269,8 @@ class Capture:
 
     def _start(self, module: nn.Module, args: tuple) -> None:
         if _inside_backward():
+            if _held is None and torch.is_grad_enabled() and not self._forwards:  # the first time was without a graph
+                raise RuntimeError(_REENTRANT)
             return
         self._running = None
         if not torch.is_grad_enabled():
@@ -278,7 +282,7 @@ class Capture:
         if wrapper is not None and compiling.unwrapped(wrapper) is module:
             self.process_group = wrapper.process_group
 
-    def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor, block: LinearBlock) -> None:
+    def _note_call(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor, block: Block) -> None:
         if _inside_backward():  # activation checkpointing runs forwards again: not calls of their own
             if _held is None and torch.is_grad_enabled() and any(block in f.hidden for f in self._forwards):
                 raise RuntimeError(_REENTRANT)
@@ -291,7 +295,9 @@ class Capture:
             self._forwards.append(Forward(next(self._numbers)))
         x = args[0] if args else kwargs["input"]
         self._forwards[-1].hidden.discard(block)
-        self._forwards[-1].calls.append(Call(block, x.detach(), get_gradient_edge(output)))
+        self._forwards[-1].calls.append(
+            Call(block, module, x.detach(), get_gradient_edge(output), block.context(module, output))
+        )
 
     def _hold_buffers(self, module: nn.Module, args: tuple) -> None:
         """Keep buffers (running statistics) that a forward on behalf of a curvature vector is about to change."""

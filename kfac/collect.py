@@ -7,26 +7,17 @@ weights are what the backward put on each criterion's value, so k micro-batches 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import distributed, factors, losses
+from . import distributed, losses, rows
 from .capture import Batch
-from .layers import LinearBlock
+from .layers import Block
+from .rows import Rows
 
 EXACT_OUTPUTS = 16  # fisher="auto": exact curvature vectors up to this many output numbers of an example
-MODEL_ROWS = 256  # examples that the quadratic model uses at least, before it takes a quarter of the batch
-
-
-@dataclass
-class Rows:
-    """Curvature rows of one batch: a [K, N, T, d_in] and g [K, M, N, T, d_out] of each layer; its weight."""
-
-    layers: dict[LinearBlock, tuple[Tensor, Tensor]]
-    weight: Tensor
 
 
 class Collector:
@@ -51,11 +42,11 @@ class Collector:
         self.mean = getattr(criterion, "reduction", "mean") != "sum"
         self.fisher, self.samples, self.keeps_rows = fisher, fisher_samples, keeps_rows
         self.generators = {generator.device: generator} if generator is not None else {}
-        self.factors_due = self.model_due = False
+        self.factors_due = self.model_due = self.exact_model = False
         self.clear()
 
     def clear(self) -> None:
-        self.sums: dict[LinearBlock, tuple[Tensor, Tensor, Tensor]] = {}
+        self.sums: dict[Block, tuple[Tensor, Tensor, Tensor]] = {}
         self.model_rows: list[Rows] = []
         self.factor_rows: list[Rows] = []
         self.weights: list[Tensor] = []
@@ -71,6 +62,11 @@ class Collector:
     def loss(self) -> Tensor:
         """The criterion's value over all batches."""
         return (self._sums_of_weights() if self._totals is None else self._totals)[2] / self.norm()
+
+    def room(self) -> Tensor | None:
+        """How far the loss is above the smallest value that it can take, where it has one."""
+        floor = self.curvature.floor
+        return None if floor is None else (self.loss() - floor).clamp_min(0)
 
     def _sums_of_weights(self) -> Tensor:
         shares = torch.stack(list(self.shares.values()) or self.weights)
@@ -91,12 +87,12 @@ class Collector:
         triples = zip(*[iter(tensors)] * 3, strict=True)
         self.sums = dict(zip(self.sums, triples, strict=True))
 
-    def weighted(self, rows: list[Rows]) -> list[Rows]:
+    def weighted(self, parts: list[Rows]) -> list[Rows]:
         """The batches' weights put into their gradient rows, so that rows of several batches add up."""
-        roots = [(part.weight / self.norm()).sqrt() for part in rows]
+        roots = [(part.weight / self.norm()).sqrt() for part in parts]
         return [
             Rows({block: (a, g * root) for block, (a, g) in part.layers.items()}, torch.ones_like(root))
-            for part, root in zip(rows, roots, strict=True)
+            for part, root in zip(parts, roots, strict=True)
         ]
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -116,13 +112,18 @@ class Collector:
         fisher = ("sampled" if many else "exact") if self.fisher == "auto" else self.fisher
         factor_rows = model_rows = None
         if self.factors_due:
-            factor_rows = _send_back(batch, self._vectors(fisher, batch, output), weight)
+            factor_rows = rows.send_back(batch, self._vectors(fisher, batch, output), weight)
         if self.model_due:
+            exactly = self.exact_model and fisher == "exact"
             model_rows = factor_rows
-            if factor_rows is None or fisher != "sampled":
-                vectors = self.curvature.sampled(output, target, 1, self.generator(device))
-                model_rows = _send_back(batch, list(vectors), weight)
-        if not any(rows and rows.layers for rows in (factor_rows, model_rows)):
+            if factor_rows is None or (fisher != "sampled" and not exactly):
+                vectors = (
+                    self.curvature.exact(output, target)
+                    if exactly
+                    else self.curvature.sampled(output, target, 1, self.generator(device))
+                )
+                model_rows = rows.send_back(batch, list(vectors), weight)
+        if not any(taken and taken.layers for taken in (factor_rows, model_rows)):
             return False
 
         if batch.fresh or (batch.loss is not None and not self.losses):
@@ -138,7 +139,7 @@ class Collector:
             if self.keeps_rows:
                 self.factor_rows.append(factor_rows)
         if model_rows is not None:
-            self.model_rows.append(_quarter(model_rows) if many else model_rows)
+            self.model_rows.append(rows.quarter(model_rows) if many else model_rows)
         return True
 
     def _vectors(self, fisher: str, batch: Batch, output: Any) -> list[Tensor]:
@@ -153,46 +154,9 @@ class Collector:
         assert batch.gradient is not None
         return [batch.gradient.to(output.dtype) * math.sqrt(self.curvature.terms(output) if self.mean else 1)]
 
-    def _accumulate(self, rows: Rows, mask: Tensor | None) -> None:
-        for block, (a, g) in rows.layers.items():
-            fits = mask is not None and mask.numel() == a.shape[1] * a.shape[2]
-            new_a, count = factors.input_moment(a, mask.reshape(-1) if mask is not None and fits else None)
-            new = (new_a, count, rows.weight * factors.gradient_moment(g))
+    def _accumulate(self, taken: Rows, mask: Tensor | None) -> None:
+        for block, (a, g) in taken.layers.items():
+            new_a, count, new_g = rows.moments(block, a, g, mask, taken.vectors)
+            new = (new_a, count, taken.weight * new_g)
             old = self.sums.get(block)
             self.sums[block] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]
-
-
-def _send_back(batch: Batch, vectors: list[Any], weight: Tensor) -> Rows:
-    """Send vectors back and bring every layer to rows with the same examples in dimension N."""
-    inputs: dict[LinearBlock, list[Tensor]] = {}
-    gradients: dict[LinearBlock, list[Tensor]] = {}
-    sent = [batch.send_back(vector) for vector in vectors]
-    for call, arrived in zip(batch.calls, zip(*sent, strict=True), strict=True):
-        if any(g is None for g in arrived):
-            continue  # a dead branch: the output does not depend on this call
-        g = _join([call.block.gradients(g)[:, None] for g in arrived], dim=1)
-        inputs.setdefault(call.block, []).append(call.rows)
-        gradients.setdefault(call.block, []).append(g)
-    layers = {}
-    examples = math.gcd(*[a.shape[1] for calls in inputs.values() for a in calls])
-    for block, calls in inputs.items():
-        # Further calls of a layer, and positions that were flattened into the batch, are positions T.
-        k = block.groups
-        a = _join([x.reshape(k, examples, -1, x.shape[-1]) for x in calls], dim=2)
-        g = _join([x.reshape(k, x.shape[1], examples, -1, x.shape[-1]) for x in gradients[block]], dim=3)
-        layers[block] = (a, g)
-    return Rows(layers, weight)
-
-
-def _join(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _quarter(rows: Rows) -> Rows:
-    """A quarter of the examples, at least MODEL_ROWS, scaled to stand for all."""
-    layers = {}
-    for block, (a, g) in rows.layers.items():
-        examples = a.shape[1]
-        kept = min(examples, max(examples // 4, MODEL_ROWS))
-        layers[block] = (a[:, :kept], g[:, :, :kept] * math.sqrt(examples / kept)) if kept < examples else (a, g)
-    return Rows(layers, rows.weight)

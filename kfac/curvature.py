@@ -11,20 +11,23 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import compiling, distributed, factors, quadratic
+from . import compiling, distributed, factors
 from .capture import Batch, Capture, without_autocast
 from .collect import Collector
+from .find import find_blocks, without_block
 from .later import Later
-from .layers import LinearBlock, find_blocks
+from .layers import Block
+from .linalg import diagonal
 from .method import Method
 from .options import value_at
+from .rows import row_products
 from .state import BlockState, LayerCurvature
 
 
@@ -36,7 +39,8 @@ class Curvature:
         method: makes preconditioners of factors.
         stat_decay, factor_interval, inverse_interval: as in `KroneckerOptimizer`, but never None.
         early_steps: at each of the first so many steps everything is renewed.
-        owner: the class that a warning names.
+        first_order: ids of parameters that are to have no block.
+        owner: the class that a warning names; `instead` says what becomes of parameters without a block.
 
     Attributes:
         stats: what the last step measured, 0-dimensional tensors on the device.
@@ -57,8 +61,12 @@ class Curvature:
         factor_interval: int | Callable[[int], int],
         inverse_interval: int | Callable[[int], int],
         generator: torch.Generator | None,
+        sharing: str | Mapping[str, str],
+        max_factor_size: int,
+        first_order: frozenset[int] = frozenset(),
         early_steps: int = 0,
         owner: str = "kfac",
+        instead: str = "",
     ):
         self.method = method
         self.damping, self.relative_damping = damping, relative_damping
@@ -66,28 +74,42 @@ class Curvature:
         self.factor_interval, self.inverse_interval = factor_interval, inverse_interval
         self.stats: dict[str, Tensor] = {}
         self.phase: Callable[[str], AbstractContextManager] = no_phase
-        self.blocks = list(find_blocks(compiling.unwrapped(model)))
-        self.states: dict[LinearBlock, BlockState] = {}  # of the blocks that have statistics
+        network = compiling.unwrapped(model)
+        self.blocks = find_blocks(network, sharing=sharing, max_factor_size=max_factor_size, first_order=first_order)
+        self.states: dict[Block, BlockState] = {}  # of the blocks that have statistics
         self.step = 0
         self.trust: Tensor | None = None
         self.mean_curvature: Tensor | None = None
         self.base_damping: Tensor | None = None
-        self.dampings: dict[LinearBlock, Tensor] = {}
+        self.dampings: dict[Block, Tensor] = {}
+        loss = compiling.unwrapped(loss) if isinstance(loss, nn.Module) else loss
         self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows)
         self._owner = owner
         self._factors_at = self._inverses_at = -1
         self._factors_due = self._inverses_due = False
         self._warned: set[str] = set()
         self._skipped: Later | None = None
-        self._failures: tuple[list[LinearBlock], Later] | None = None
+        self._failures: tuple[list[Block], Later] | None = None
         weak = weakref.WeakMethod(self._receive)
         arguments = getattr(self.collector.curvature, "arguments", ((0, "input"),))
         self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch), arguments)
+        parameters = dict(network.named_parameters())
+        missing = [
+            f"{name} ({reason})"
+            for name, reason in without_block(network, self.blocks).items()
+            if id(parameters[name]) not in first_order
+        ]
+        if missing:
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            self.warn("without", f"no curvature block for {', '.join(missing[:8])}{more}: {instead}")
 
     # Statistics.
 
-    def arm(self, model_due: bool) -> None:
-        """Decide what the coming step has to collect; `model_due` asks for rows of the quadratic model."""
+    def arm(self, model_due: bool, exactly: bool = False) -> None:
+        """Decide what the coming step has to collect.
+
+        `model_due` asks for rows of the quadratic model, `exactly` for those of exact vectors where factors have them.
+        """
         if self._skipped is not None and self._skipped.known():
             if not self._skipped.value():  # what was due then is due again
                 self._factors_at = self._inverses_at = -1
@@ -96,6 +118,7 @@ class Curvature:
         self._factors_due = early or self._due(self._factors_at, self.factor_interval)
         self._inverses_due = early or self._due(self._inverses_at, self.inverse_interval)
         self.collector.factors_due, self.collector.model_due = self._factors_due, model_due
+        self.collector.exact_model = exactly
         self.collector.clear()
         self._capture.clear()
         self._capture.active = bool(self.blocks) and (model_due or self._factors_due)
@@ -143,14 +166,14 @@ class Curvature:
         elif not self.collector.losses:
             self.warn("root", "the object given as loss= was not the one called; the model's output serves instead")
 
-    def knows(self, block: LinearBlock) -> bool:
+    def knows(self, block: Block) -> bool:
         """Whether statistics of a block have arrived, at this step or before."""
         return block in self.states or block in self.collector.sums
 
     def finite(self, tensors: Iterable[Tensor]) -> Tensor:
         """Whether all that a step works on is finite: `tensors`, losses, new statistics; 0-dimensional bool."""
         # A row that is not finite shows on the diagonal of its own outer product.
-        diagonals = [x.diagonal(dim1=-2, dim2=-1) for a, _, g in self.collector.sums.values() for x in (a, g)]
+        diagonals = [diagonal(x) for a, _, g in self.collector.sums.values() for x in (a, g)]
         checked = [*tensors, *self.collector.values(), *diagonals]
         if not checked:
             return torch.ones((), dtype=torch.bool)
@@ -159,7 +182,7 @@ class Curvature:
 
     # Averages, damping, preconditioners.
 
-    def update(self, finite: Tensor, overrides: dict[LinearBlock, tuple[Any, float]] | None = None) -> None:
+    def update(self, finite: Tensor, overrides: dict[Block, tuple[Any, float]] | None = None) -> None:
         """Average the new statistics and renew the preconditioners where that is due.
 
         Args:
@@ -180,22 +203,26 @@ class Curvature:
             self.stats |= {"damping": self.base_damping, "mean_curvature": self.mean_curvature}
 
     def _update_averages(self, finite: Tensor) -> None:
+        if not self.collector.sums:
+            return
+        norm = self.collector.norm()
         for block, (outer_a, count, outer_g) in self.collector.sums.items():
             if block not in self.states:
                 self.states[block] = BlockState.of(block)
             state = self.states[block]
-            new_a, new_g = outer_a / count.clamp_min(1), outer_g / self.collector.norm()
+            new_a, new_g = outer_a / count.clamp_min(1), outer_g / norm
             state.count += finite
             factors.update_average(state.A, new_a, state.count, self.stat_decay, finite)
             factors.update_average(state.G, new_g, state.count, self.stat_decay, finite)
 
-    def _renew(self, overrides: dict[LinearBlock, tuple[Any, float]]) -> None:
+    def _renew(self, overrides: dict[Block, tuple[Any, float]]) -> None:
         """The damping and the preconditioners of all layers, from the present averages."""
         self._climb()
-        traces = [_trace(state.A).mul(_trace(state.G)).sum() for state in self.states.values()]
+        traces = [(diagonal(s.A).sum(-1) * diagonal(s.G).sum(-1)).sum() for s in self.states.values()]
         self.mean_curvature = torch.stack(traces).sum() / sum(math.prod(block.shape) for block in self.states)
         if self.damping is None:
-            self.base_damping = self.relative_damping * self.mean_curvature
+            relative = self.relative_damping * self.mean_curvature
+            self.base_damping = torch.where(relative > 0, relative, 1.0)  # without any curvature: plain gradients
         else:
             self.base_damping = torch.full_like(self.mean_curvature, value_at(self.damping, self.step))
         if self.trust is not None:
@@ -229,23 +256,21 @@ class Curvature:
             self.warn("inverse", f"no damped inverse of {names}: the last one stays, the next try has more damping")
         self._failures = None
 
-    def ready(self, block: LinearBlock) -> bool:
+    def ready(self, block: Block) -> bool:
         """Whether a block has a preconditioner."""
         return block in self.states and bool(self.states[block].solver)
 
-    def directions(self, blocks: Sequence[LinearBlock], gradients: Sequence[Tensor]) -> list[Tensor]:
+    def directions(self, blocks: Sequence[Block], gradients: Sequence[Tensor]) -> list[Tensor]:
         """Natural gradients (F + damping I)^-1 g, block by block, matrices [K, d_out, d_in]."""
         return self.method.directions(self, list(blocks), list(gradients))
 
-    def quadratic_form(self, directions: dict[LinearBlock, Tensor]) -> Tensor:
+    def quadratic_form(self, directions: dict[Block, Tensor]) -> Tensor:
         """V^T F V for I directions V, given by blocks as [I, K, d_out, d_in], from this step's rows; [I, I]."""
         width = next(iter(directions.values())).shape[0]
         form = next(iter(directions.values())).new_zeros(width, width)
         for rows in self.collector.model_rows:
             products = [
-                quadratic.row_products(a, g, directions[block])
-                for block, (a, g) in rows.layers.items()
-                if block in directions
+                row_products(a, g, directions[block]) for block, (a, g) in rows.layers.items() if block in directions
             ]
             if products:
                 s = torch.stack(products).sum(0)
@@ -274,16 +299,21 @@ class Curvature:
 
     def summary(self) -> list[str]:
         """A line for each block."""
-        lines = [f"{'layer':32} {'block':12} {'A':>12} {'G':>12} {'parameters':>11} {'factors MiB':>12}"]
+        lines = [f"{'layer':32} {'block':16} {'sharing':8} {'A':>12} {'G':>12} {'parameters':>11} {'MiB':>13}"]
         for block in self.blocks:
+            sharing = "" if block.unit else "reduce" if block.reduce else "expand"
+            start = f"{block.name or '(model)':32} {block.kind:16} {sharing:8}"
+            if not block.initialised():
+                lines.append(f"{start} known after the first forward")
+                continue
             k, d_out, d_in = block.shape
             times = f"{k}x" if k > 1 else ""
+            size_a = "1" if block.unit else f"{times}{d_in}{'' if block.diagonal_a else '^2'}"
+            size_g = f"{times}{d_out}{'' if block.diagonal_g else '^2'}"
             count = sum(p.numel() for p in block.parameters)
-            held = self.states[block].bytes() / 2**20 if block in self.states else 0.0
-            lines.append(
-                f"{block.name or '(model)':32} {block.kind:12} {f'{times}{d_in}^2':>12} {f'{times}{d_out}^2':>12} "
-                f"{count:11,} {held:12.2f}"
-            )
+            state = self.states.get(block)
+            held = f"{state.bytes() / 2**20:12.2f}" if state is not None else "no statistics"
+            lines.append(f"{start} {size_a:>12} {size_g:>12} {count:11,} {held:>13}")
         return lines
 
     def state_dict(self) -> dict[str, Any]:
@@ -348,7 +378,3 @@ def no_phase(name: str) -> AbstractContextManager:
 def _call(method: weakref.WeakMethod, batch: Batch) -> bool:
     bound = method()
     return bound is not None and bound(batch)
-
-
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import factors, linalg
-from .collect import Rows
-from .kfac import decompose, solve_in_eigenbasis
-from .layers import LinearBlock
+from .kfac import bases_of, decompose, solve_in_eigenbasis
+from .layers import Block
 from .method import Method
 from .optimizer import KroneckerOptimizer
 from .options import Options, check_options, dtype_of, value_at
+from .rows import Rows, squared_gradients
 from .state import BlockState
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ class KroneckerEigenMethod(Method):
         self.scale_interval, self.dtype = scale_interval, dtype_of(preconditioning_dtype)
         self._scales_at = -1
 
-    def refresh(self, block: LinearBlock, state: BlockState, damping: Tensor) -> Tensor:
-        old = dict(state.solver)
+    def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
+        scales, old = state.solver.get("scales"), bases_of(state)
         failed = decompose(state, damping)
-        if old:
-            overlap_g = state.solver["basis_g"].mT @ old["basis_g"]
-            overlap_a = state.solver["basis_a"].mT @ old["basis_a"]
-            state.solver["scales"] = linalg.carry_scales(old["scales"], overlap_g, overlap_a)
+        if scales is not None:
+            pairs = zip(bases_of(state), old, strict=True)
+            overlap_a, overlap_g = (None if q is None or before is None else q.mT @ before for q, before in pairs)
+            state.solver["scales"] = linalg.carry_scales(scales, overlap_g, overlap_a)
         else:
             state.solver["scales"] = state.solver["values"].clone()
             state.solver["scale_count"] = torch.zeros_like(state.count)
@@ -51,28 +51,27 @@ class KroneckerEigenMethod(Method):
         interval = value_at(self.scale_interval or 1, curvature.step)
         if self._scales_at >= 0 and curvature.step - self._scales_at < interval:
             return
-        for block, state in curvature.states.items():
+        measured = [b for b in curvature.states if curvature.ready(b) and any(b in part.layers for part in rows)]
+        new = []
+        for block in measured:
+            basis_a, basis_g = bases_of(curvature.states[block])
             own = [part.layers[block] for part in rows if block in part.layers]
-            if not own or not state.solver:
-                continue
-            basis_g, basis_a = state.solver["basis_g"], state.solver["basis_a"]
-            new = torch.stack(
-                [factors.squared_gradients(a @ basis_a[:, None], g @ basis_g[:, None, None]) for a, g in own]
-            ).sum(0)
-            (new,) = curvature.sum_over_ranks([new])
-            state.solver["scale_count"] += finite
-            count = state.solver["scale_count"]
-            factors.update_average(state.solver["scales"], new, count, curvature.stat_decay, finite)
+            parts = [squared_gradients(a, g, block.shape[2], basis_a, basis_g) for a, g in own]
+            new.append(torch.stack(parts).sum(0))
+        for block, scales in zip(measured, curvature.sum_over_ranks(new), strict=True):
+            solver = curvature.states[block].solver
+            solver["scale_count"] += finite
+            factors.update_average(solver["scales"], scales, solver["scale_count"], curvature.stat_decay, finite)
         self._scales_at = curvature.step
 
-    def solve(self, block: LinearBlock, state: BlockState, matrix: Tensor) -> Tensor:
+    def solve(self, block: Block, state: BlockState, matrix: Tensor) -> Tensor:
         divisor = state.solver["scales"] + state.damping_a[:, None, None]
         return solve_in_eigenbasis(state, matrix, divisor, self.dtype)
 
     def save(self) -> dict[str, Any]:
         return {"scales_at": self._scales_at}
 
-    def load(self, saved: dict[str, Any], blocks: dict[str, LinearBlock], device: torch.device) -> None:
+    def load(self, saved: dict[str, Any], blocks: dict[str, Block], device: torch.device) -> None:
         self._scales_at = saved["scales_at"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .fallback import Fallback
-from .layers import LinearBlock
+from .layers import Block
 from .options import check_options
 
 KRONECKER_KEYS = ("params", "lr", "momentum", "weight_decay", "damping", "first_order")
@@ -30,7 +30,7 @@ def parameters_of(group: dict[str, Any]) -> list[nn.Parameter]:
 
 
 def split(
-    groups: Sequence[dict[str, Any]], blocks: Iterable[LinearBlock], model: nn.Module, fallback: Fallback
+    groups: Sequence[dict[str, Any]], blocks: Iterable[Block], model: nn.Module, fallback: Fallback
 ) -> list[dict[str, Any]]:
     """All groups of an optimizer: the default Kronecker group, the given ones, and the first-order ones at the end.
 
@@ -50,7 +50,8 @@ def split(
         _check(settings, f"groups[{number}]", fallback)
         for p in parameters:
             if id(p) not in names:
-                raise ValueError(f"groups[{number}]: a tensor {list(p.shape)} is not a parameter of the model")
+                what = f"a tensor {list(p.shape)}" if isinstance(p, Tensor) else repr(p)
+                raise ValueError(f"groups[{number}]: {what} is not a parameter of the model")
             if id(p) in taken:
                 raise ValueError(f"groups[{number}]: parameter {names[id(p)]!r} is already in another group")
             taken.add(id(p))
@@ -90,6 +91,10 @@ def _check(settings: dict[str, Any], where: str, fallback: Fallback) -> None:
     for key, value in settings.items():
         if key not in allowed:
             raise ValueError(f"{where}: {key!r}; allowed: {', '.join(sorted(set(allowed)))}")
+        if key == "first_order" and not isinstance(value, bool):
+            raise ValueError(f"{where}: first_order={value!r}; allowed: True or False")
+        if key == "lr" and value is None:
+            raise ValueError(f"{where}: lr=None; allowed: a number >= 0 (self-tuning: a multiplier of the step, 1.0)")
         if key in ("lr", "momentum", "weight_decay", "damping") and not isinstance(value, Tensor):
             try:
                 check_options({key: value})

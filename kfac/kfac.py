@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
-from .layers import LinearBlock
+from .layers import Block
 from .method import Method
 from .optimizer import KroneckerOptimizer
 from .options import Options, check_options, dtype_of
@@ -22,13 +22,15 @@ class KroneckerMethod(Method):
         check_options({"solver": solver, "preconditioning_dtype": preconditioning_dtype})
         self.solver, self.dtype = solver, dtype_of(preconditioning_dtype)
 
-    def refresh(self, block: LinearBlock, state: BlockState, damping: Tensor) -> Tensor:
-        return invert(state, damping, self.dtype) if self.solver == "cholesky" else decompose(state, damping)
+    def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
+        return (
+            invert(state, damping, block.unit, self.dtype) if self.solver == "cholesky" else decompose(state, damping)
+        )
 
-    def solve(self, block: LinearBlock, state: BlockState, matrix: Tensor) -> Tensor:
+    def solve(self, block: Block, state: BlockState, matrix: Tensor) -> Tensor:
         if self.solver == "cholesky":
             inverse_g, inverse_a = state.solver["inverse_g"], state.solver["inverse_a"]
-            return (inverse_g @ matrix.to(inverse_g.dtype) @ inverse_a).to(matrix.dtype)
+            return linalg.apply(inverse_g, matrix.to(inverse_g.dtype), inverse_a).to(matrix.dtype)
         return solve_in_eigenbasis(state, matrix, state.solver["values"] + state.damping_a[:, None, None], self.dtype)
 
 
@@ -56,15 +58,18 @@ class KFAC(KroneckerOptimizer):
 FLOAT64_RUNG = 2  # failures of a block before its inverse is tried in float64
 
 
-def invert(state: BlockState, damping: Tensor, dtype: torch.dtype | None) -> Tensor:
+def invert(state: BlockState, damping: Tensor, unit: bool, dtype: torch.dtype | None) -> Tensor:
     """Damped inverses of both factors into `state.solver`; returns 1 where that failed.
 
     A failure keeps the last inverses. The next try has ten times the damping, one after two failures float64 too; a
-    success takes a tenth of a power of ten back.
+    success takes a tenth of a power of ten back. In a `unit` block A is the number 1 and G has all of the damping.
     """
-    state.pi = linalg.balance(state.A, state.G)
-    root = (damping * 10 ** state.jitter.ceil()).sqrt()
-    state.damping_a, state.damping_g = state.pi * root, root / state.pi
+    raised = damping * 10 ** state.jitter.ceil()
+    if unit:
+        state.damping_a, state.damping_g = torch.zeros_like(state.pi), raised.expand_as(state.pi)
+    else:
+        state.pi = linalg.balance(state.A, state.G)
+        state.damping_a, state.damping_g = state.pi * raised.sqrt(), raised.sqrt() / state.pi
     exact = torch.float64 if state.rung >= FLOAT64_RUNG and state.A.device.type != "mps" else state.A.dtype
     inverse_a, good_a = linalg.damped_inverse(state.A.to(exact), state.damping_a.to(exact))
     inverse_g, good_g = linalg.damped_inverse(state.G.to(exact), state.damping_g.to(exact))
@@ -90,22 +95,31 @@ def decompose(state: BlockState, damping: Tensor) -> Tensor:
     except torch.linalg.LinAlgError:
         if state.solver:
             return damping.new_ones(())
-        values_a, basis_a = state.A.diagonal(dim1=-2, dim2=-1), _identity(state.A)
-        values_g, basis_g = state.G.diagonal(dim1=-2, dim2=-1), _identity(state.G)
+        values_a, basis_a = linalg.diagonal(state.A), _identity(state.A)
+        values_g, basis_g = linalg.diagonal(state.G), _identity(state.G)
     state.pi = linalg.balance(state.A, state.G)
     state.damping_a = state.damping_g = damping.expand(state.A.shape[0])
     values = values_g[:, :, None] * values_a[:, None, :]
-    state.solver = {**state.solver, "basis_a": basis_a, "basis_g": basis_g, "values": values}
+    bases = {"basis_a": basis_a, "basis_g": basis_g}
+    state.solver |= {name: basis for name, basis in bases.items() if basis is not None} | {"values": values}
     return damping.new_zeros(())
 
 
 def solve_in_eigenbasis(state: BlockState, matrix: Tensor, divisor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Q_g [(Q_g^T V Q_a) / divisor] Q_a^T, the products in `dtype`."""
     used = dtype or matrix.dtype
-    basis_g, basis_a = state.solver["basis_g"].to(used), state.solver["basis_a"].to(used)
-    projected = (basis_g.mT @ matrix.to(used) @ basis_a).to(matrix.dtype) / divisor
-    return (basis_g @ projected.to(used) @ basis_a.mT).to(matrix.dtype)
+    basis_a, basis_g = (None if basis is None else basis.to(used) for basis in bases_of(state))
+    transposed_a, transposed_g = (None if basis is None else basis.mT for basis in (basis_a, basis_g))
+    projected = linalg.apply(transposed_g, matrix.to(used), basis_a).to(matrix.dtype) / divisor
+    return linalg.apply(basis_g, projected.to(used), transposed_a).to(matrix.dtype)
 
 
-def _identity(matrix: Tensor) -> Tensor:
-    return torch.eye(matrix.shape[-1], device=matrix.device, dtype=matrix.dtype).expand_as(matrix)
+def bases_of(state: BlockState) -> tuple[Tensor | None, Tensor | None]:
+    """Eigenvectors of A and G; None for the identity."""
+    return state.solver.get("basis_a"), state.solver.get("basis_g")
+
+
+def _identity(factor: Tensor) -> Tensor:
+    if factor.dim() == 2:
+        return torch.ones_like(factor)
+    return torch.eye(factor.shape[-1], device=factor.device, dtype=factor.dtype).expand_as(factor)

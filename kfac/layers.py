@@ -1,132 +1,225 @@
 """How a layer's weights, inputs and output gradients become matrices: after this file no maths knows about layers.
 
-Every layer is brought to one format, with a leading dimension K for the groups of a convolution (K = 1 elsewhere):
+Every layer is brought to one format, with a leading dimension K for the groups of a convolution, or for the channels of
+a norm layer (K = 1 elsewhere):
 
-    inputs     a: [K, N, T, d_in]     N examples, T positions that share the weights; a last 1 where there is a bias
-    gradients  g: [K, N, T, d_out]    the gradient at the layer's output
-    weights    V: [K, d_out, d_in]    the bias is the last column
+    inputs     a: [K, N, T, d_in]        N examples, T positions that share the weights; a last 1 where there is a bias
+    gradients  g: [K, M, N, T, d_out]    the gradients of M curvature vectors at the layer's output
+    weights    V: [K, d_out, d_in]       the bias is the last column
 
-so that the gradient of the weights is sum_{n,t} g a^T. A convolution's positions are its output pixels and a is the
-patch that each of them sees (Grosse & Martens 2016, arXiv 1602.01407).
+so that the gradient of the weights is sum_{n,t} g a^T. Inputs of an embedding are one-hot rows and stay indices,
+a: [K, N, T], -1 for a row that counts nowhere (its g is zero). Convolutions are in convolution.py, norm layers and lone
+biases in affine.py, and which layers of a model have a block in find.py.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 
-class LinearBlock:
+class Block:
+    """A layer, or several that share a weight, whose parameters have a curvature block.
+
+    Args:
+        name: of the layer in the model.
+        modules: the layers; several where they are tied.
+        parameters: those of the block, the weight first.
+        reduce: whether factors sum over positions before they average over examples (see rows.moments).
+        max_factor_size: a side that is larger keeps the diagonal of its factor only.
+
+    Attributes:
+        kind: what it is, for `summary`.
+        unit: A is the number 1 (d_in = 1 and a = 1), so that the block is G and its damping is exact.
+    """
+
+    kind = ""
+    unit = False
+
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
+        reduce: bool = False,
+        max_factor_size: int = 8192,
+    ):
+        self.name, self.modules, self.parameters = name, list(modules), list(parameters)
+        self.reduce, self.max_factor_size = reduce, max_factor_size
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[K, d_out, d_in] of the weight matrix; known once the layer is initialised."""
+        raise NotImplementedError
+
+    @property
+    def diagonal_a(self) -> bool:
+        """Whether A is kept as a diagonal [K, d_in]."""
+        return self.shape[2] > self.max_factor_size
+
+    @property
+    def diagonal_g(self) -> bool:
+        """Whether G is kept as a diagonal [K, d_out]."""
+        return self.shape[1] > self.max_factor_size
+
+    def initialised(self) -> bool:
+        """Whether shapes are known: a lazy layer's are after its first forward."""
+        return not any(is_lazy(p) for p in self.parameters)
+
+    def matrix(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Tensors shaped as `parameters` (None for zeros) as one matrix [K, d_out, d_in]."""
+        raise NotImplementedError
+
+    def tensors(self, matrix: Tensor) -> list[Tensor]:
+        """The inverse of `matrix`: tensors shaped as `parameters`."""
+        raise NotImplementedError
+
+    def context(self, module: Any, output: Tensor) -> Any:
+        """What a call's rows need beside its input and may change after it."""
+        return None
+
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+        """The layer's input as rows a: [K, N, T, d_in]."""
+        raise NotImplementedError
+
+    def gradients(self, g: Tensor, module: Any) -> Tensor:
+        """A gradient at the layer's output as rows g: [K, N, T, d_out]."""
+        raise NotImplementedError
+
+    def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
+        """Rows (a, g) of a call, from what `inputs` gave and its output's gradients of M vectors.
+
+        Where a depends on the vector it is [K, M, N, T, d_in].
+        """
+        parts = [self.gradients(g.to(self.dtype), module)[:, None] for g in gradients]
+        return inputs, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters[0].dtype
+
+    def _filled(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        return [torch.zeros_like(p) if x is None else x for x, p in zip(tensors, self.parameters, strict=True)]
+
+
+class MatrixBlock(Block):
+    """A weight matrix whose bias, if any, is a last column."""
+
+    @property
+    def has_bias(self) -> bool:
+        return len(self.parameters) > 1
+
+    @property
+    def groups(self) -> int:
+        return 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        weight = self.parameters[0]
+        return self.groups, weight.shape[0] // self.groups, weight[0].numel() + self.has_bias
+
+    def matrix(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        weight, *bias = self._filled(tensors)
+        matrix = self._to_matrix(weight)
+        return torch.cat([matrix, bias[0].reshape(*matrix.shape[:2], 1)], dim=2) if bias else matrix
+
+    def tensors(self, matrix: Tensor) -> list[Tensor]:
+        if not self.has_bias:
+            return [self._from_matrix(matrix)]
+        return [self._from_matrix(matrix[:, :, :-1]), matrix[:, :, -1].reshape(self.parameters[1].shape)]
+
+    def _to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.parameters[0].shape)
+
+    def _with_ones(self, rows: Tensor) -> Tensor:
+        return F.pad(rows, (0, 1), value=1.0) if self.has_bias else rows
+
+
+class LinearBlock(MatrixBlock):
     """`nn.Linear` on any number of leading dimensions; dimension 0 is the batch."""
 
     kind = "linear"
 
-    def __init__(self, name: str, module: nn.Module):
-        self.name = name
-        self.module, self.modules = module, [module]
-        self.weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        bias = module._parameters.get("bias")
-        self.bias = bias if bias is not None and bias.requires_grad else None
-        self.groups = getattr(module, "groups", 1)
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+        return self._with_ones(_rows(x.to(self.dtype)))
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+    def gradients(self, g: Tensor, module: Any) -> Tensor:
+        return _rows(g)
+
+
+class EmbeddingBlock(Block):
+    """`nn.Embedding`: A is the diagonal of token frequencies, V = weight^T."""
+
+    kind = "embedding"
+    diagonal_a = True
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[K, d_out, d_in] of the weight matrix."""
-        d_out = self.weight.shape[0] // self.groups
-        return self.groups, d_out, self.weight[0].numel() + (self.bias is not None)
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """The layer's input as rows a: [K, N, T, d_in], in the dtype of the weights."""
-        x = x.to(self.weight.dtype)
-        rows = x.reshape(1, x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
-        return self._with_ones(rows)
-
-    def gradients(self, g: Tensor) -> Tensor:
-        """The gradient at the layer's output as rows g: [K, N, T, d_out]."""
-        g = g.to(self.weight.dtype)
-        return g.reshape(1, g.shape[0] if g.dim() > 1 else 1, -1, g.shape[-1])
+        tokens, width = self.parameters[0].shape
+        return 1, width, tokens
 
     def matrix(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Tensors shaped as `parameters` (None for zeros) as one matrix [K, d_out, d_in]."""
-        groups, d_out, _ = self.shape
-        full = [torch.zeros_like(p) if x is None else x for x, p in zip(tensors, self.parameters, strict=True)]
-        matrix = full[0].reshape(groups, d_out, -1)
-        return matrix if len(full) == 1 else torch.cat([matrix, full[1].reshape(groups, d_out, 1)], dim=2)
+        return self._filled(tensors)[0].mT[None]
 
     def tensors(self, matrix: Tensor) -> list[Tensor]:
-        """The inverse of `matrix`: tensors shaped as `parameters`."""
-        if self.bias is None:
-            return [matrix.reshape(self.weight.shape)]
-        return [matrix[:, :, :-1].reshape(self.weight.shape), matrix[:, :, -1].reshape(self.bias.shape)]
+        return [matrix[0].mT]
 
-    def _with_ones(self, rows: Tensor) -> Tensor:
-        return rows if self.bias is None else F.pad(rows, (0, 1), value=1.0)
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+        return _indices(x, module)
 
+    def gradients(self, g: Tensor, module: Any) -> Tensor:
+        return _rows(g)
 
-class Conv2dBlock(LinearBlock):
-    """`nn.Conv2d` with stride, padding (numbers, "same", "valid"), padding modes, dilation and groups."""
-
-    kind = "conv2d"
-
-    def inputs(self, x: Tensor) -> Tensor:
-        conv: nn.Conv2d = self.module  # type: ignore[assignment]
-        x = x.to(self.weight.dtype)
-        x = x if x.dim() == 4 else x[None]
-        left_right_top_bottom = conv._reversed_padding_repeated_twice
-        if any(left_right_top_bottom):
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            x = F.pad(x, left_right_top_bottom, mode=mode)
-        n, channels, height, width = x.shape
-        (kernel_y, kernel_x), (dilation_y, dilation_x) = conv.kernel_size, conv.dilation
-        (stride_y, stride_x) = conv.stride
-        rows = (height - dilation_y * (kernel_y - 1) - 1) // stride_y + 1
-        columns = (width - dilation_x * (kernel_x - 1) - 1) // stride_x + 1
-        s_n, s_c, s_y, s_x = x.stride()
-        per_group = channels // self.groups
-        patches = x.as_strided(
-            (self.groups, n, rows, columns, per_group, kernel_y, kernel_x),
-            (per_group * s_c, s_n, stride_y * s_y, stride_x * s_x, s_c, dilation_y * s_y, dilation_x * s_x),
-            x.storage_offset(),
-        )
-        # One copy: the patches are written beside the ones of the bias.
-        size = per_group * kernel_y * kernel_x
-        a = x.new_ones(self.groups, n, rows, columns, size + (self.bias is not None))
-        a[..., :size].view(patches.shape).copy_(patches)
-        return a.flatten(2, 3)
-
-    def gradients(self, g: Tensor) -> Tensor:
-        g = g.to(self.weight.dtype)
-        g = g if g.dim() == 4 else g[None]
-        n, channels = g.shape[:2]
-        return g.reshape(n, self.groups, channels // self.groups, -1).permute(1, 0, 3, 2)
+    def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
+        index, g = super().rows(inputs, gradients, module)
+        return index, _without_padding(index, g, module)
 
 
-def find_blocks(model: nn.Module) -> Iterator[LinearBlock]:
-    """The layers of `model` whose weights have a Kronecker block, in the order of `named_modules`.
+class TiedEmbeddingBlock(LinearBlock):
+    """An embedding whose weight is a decoder's too: V = weight, [1, tokens, width].
 
-    A layer has one if it computes what its class says (subclasses that override `forward` do not), its weight is a
-    parameter of its own that requires a gradient, and nobody else owns that parameter.
+    The decoder's rows are those of a Linear layer. The embedding's are g = one-hot and a = the gradient at its output.
+    Each call's a has mean square norm 1, with g scaled inversely: the gradients g a^T stay, and factors of rows that
+    differ by orders of magnitude add up to a product with the right trace. Such rows are never reduced.
     """
-    owners: dict[int, set[int]] = defaultdict(set)
-    hidden: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)].add(id(module))
-        if isinstance(module, nn.MultiheadAttention):  # calls its projections as functions: no hook sees them
-            hidden.update(id(child) for child in module.modules())
-    for name, module in model.named_modules():
-        for base, block in ((nn.Linear, LinearBlock), (nn.Conv2d, Conv2dBlock)):
-            if not isinstance(module, base) or type(module).forward is not base.forward or id(module) in hidden:
-                continue
-            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-            shared = any(p is not None and len(owners[id(p)]) > 1 for p in (weight, bias))
-            if weight is not None and weight.requires_grad and not shared:
-                yield block(name, module)
+
+    kind = "tied"
+
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+        return _indices(x, module) if isinstance(module, nn.Embedding) else super().inputs(x, module, context)
+
+    def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
+        _, arrived = super().rows(inputs, gradients, module)
+        if isinstance(module, nn.Embedding):
+            a = _without_padding(inputs, arrived, module)
+            one_hot = arrived.new_zeros(*inputs.shape, self.shape[1])
+            one_hot.scatter_(-1, inputs.clamp_min(0)[..., None], (inputs >= 0)[..., None].to(self.dtype))
+            g = one_hot[:, None].expand(-1, a.shape[1], -1, -1, -1)
+        else:
+            a, g = inputs[:, None].expand(-1, arrived.shape[1], -1, -1, -1), arrived
+        size = a.square().sum(-1).mean().sqrt()
+        size = torch.where(size > 0, size, 1.0)
+        return a / size, g * size
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, ..., d] as [1, N, T, d]; a single vector is one example."""
+    return x.reshape(1, x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1])
+
+
+def _indices(x: Tensor, module: nn.Embedding) -> Tensor:
+    """Token numbers [N, ...] as [1, N, T], -1 for padding, which torch gives no gradient."""
+    tokens = x.long() if module.padding_idx is None else torch.where(x == module.padding_idx, -1, x.long())
+    return tokens.reshape(1, tokens.shape[0] if tokens.dim() else 1, -1)
+
+
+def _without_padding(index: Tensor, g: Tensor, module: nn.Embedding) -> Tensor:
+    return g if module.padding_idx is None else g * (index >= 0)[:, None, ..., None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import Curvature
-from .layers import LinearBlock
+from .layers import Block
 
 INTERVAL = 5  # steps between checks
 OMEGA = (19 / 20) ** INTERVAL
@@ -52,7 +52,7 @@ class LevenbergMarquardt:
         self,
         closure: Callable[[], Any] | None,
         before: Any,
-        steps: dict[LinearBlock, Tensor],
+        steps: dict[Block, Tensor],
         groups: list[dict[str, Any]],
         state: dict,
     ) -> None:

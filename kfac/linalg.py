@@ -1,4 +1,7 @@
-"""Damped inverses and eigenbases of Kronecker factors; no host synchronisation where a Cholesky factor serves."""
+"""Damped inverses and eigenbases of Kronecker factors; no host synchronisation where a Cholesky factor serves.
+
+A factor is [K, d, d], or [K, d] where only its diagonal is kept. The eigenbasis of a diagonal is the identity, None.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,26 @@ import torch
 from torch import Tensor
 
 
+def diagonal(matrix: Tensor) -> Tensor:
+    """The diagonal [K, d] of a factor."""
+    return matrix if matrix.dim() == 2 else matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def apply(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
+    """left @ matrix @ right for factors on both sides of [K, d_out, d_in]; None is the identity."""
+    if left is not None:
+        matrix = left[..., None] * matrix if left.dim() == 2 else left @ matrix
+    if right is not None:
+        matrix = matrix * right[:, None] if right.dim() == 2 else matrix @ right
+    return matrix
+
+
 def balance(a: Tensor, g: Tensor) -> Tensor:
     """pi = sqrt((tr A / d_A) / (tr G / d_G)), the split of the damping between the factors; 1 where a trace vanishes.
 
-    Martens & Grosse 2015, arXiv 1503.05671, section 6.3. Shapes [K, d, d]; returns [K].
+    Martens & Grosse 2015, arXiv 1503.05671, section 6.3. Returns [K].
     """
-    mean_a = a.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean_g = g.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean_a, mean_g = diagonal(a).mean(-1), diagonal(g).mean(-1)
     ratio = mean_a / mean_g
     return torch.where((mean_a > 0) & (mean_g > 0) & ratio.isfinite(), ratio, 1.0).sqrt()
 
@@ -21,28 +37,48 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """(matrix + damping I)^-1 by Cholesky, and whether it succeeded.
 
     Args:
-        matrix: symmetric [K, d, d]; only its lower triangle is read.
+        matrix: symmetric [K, d, d], only its lower triangle is read; or a diagonal [K, d].
         damping: [K].
 
     Returns:
-        the inverse [K, d, d] and a 0-dimensional bool; where it is False the inverse is not to be used.
+        the inverse, shaped as `matrix`, and a 0-dimensional bool; where it is False the inverse is not to be used.
     """
+    if matrix.dim() == 2:
+        inverse = 1 / (matrix + damping[:, None])
+        return inverse, inverse.isfinite().all() & (inverse > 0).all()
     damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
     factor, info = torch.linalg.cholesky_ex(damped)
+    # What is left of a failed factor may be singular, at which `cholesky_inverse` raises.
+    factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0)[..., None], 1.0)
     inverse = torch.cholesky_inverse(factor)
     return inverse, (info == 0).all() & inverse.diagonal(dim1=-2, dim2=-1).sum().isfinite()
 
 
-def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [K, d], not negative, and eigenvectors [K, d, d] (columns) of a symmetric matrix [K, d, d]."""
-    values, vectors = torch.linalg.eigh(matrix)
+def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues [K, d], not negative, and eigenvectors [K, d, d] (columns) of a symmetric factor.
+
+    Where they do not converge float64 is tried.
+
+    Raises:
+        torch.linalg.LinAlgError: when that fails too.
+    """
+    if matrix.dim() == 2:
+        return matrix.clamp_min(0), None
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        if matrix.dtype == torch.float64:
+            raise
+        values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
     return values.clamp_min(0), vectors
 
 
-def carry_scales(scales: Tensor, overlap_g: Tensor, overlap_a: Tensor) -> Tensor:
+def carry_scales(scales: Tensor, overlap_g: Tensor | None, overlap_a: Tensor | None) -> Tensor:
     """E-KFAC's scales [K, d_out, d_in] in a new basis, from the squared overlaps of new and old eigenvectors.
 
-    The diagonal of Q' diag(s) Q'^T in the new basis for overlaps Q' [K, d, d] of both sides; keeps the trace.
+    The diagonal of Q' diag(s) Q'^T in the new basis for overlaps Q' [K, d, d] of both sides (None where the basis
+    stays); keeps the trace.
     """
-    return overlap_g.square() @ scales @ overlap_a.square().mT
+    squared_a = None if overlap_a is None else overlap_a.square().mT
+    return apply(None if overlap_g is None else overlap_g.square(), scales, squared_a)

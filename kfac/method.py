@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .collect import Rows
-from .layers import LinearBlock
+from .layers import Block
+from .rows import Rows
 from .state import BlockState
 
 if TYPE_CHECKING:
@@ -20,15 +20,15 @@ class Method:
 
     keeps_rows = False  # whether rows of a statistics step are needed for more than the factors
 
-    def refresh(self, block: LinearBlock, state: BlockState, damping: Tensor) -> Tensor:
+    def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
         """Renew `state.solver` from the averages; returns 1 where that failed, else 0 (0-dimensional)."""
         raise NotImplementedError
 
-    def solve(self, block: LinearBlock, state: BlockState, matrix: Tensor) -> Tensor:
+    def solve(self, block: Block, state: BlockState, matrix: Tensor) -> Tensor:
         """The preconditioner of one block times a matrix [K, d_out, d_in]."""
         raise NotImplementedError
 
-    def directions(self, curvature: Curvature, blocks: list[LinearBlock], gradients: list[Tensor]) -> list[Tensor]:
+    def directions(self, curvature: Curvature, blocks: list[Block], gradients: list[Tensor]) -> list[Tensor]:
         """The preconditioner times the gradients of some blocks."""
         return [self.solve(b, curvature.states[b], g) for b, g in zip(blocks, gradients, strict=True)]
 
@@ -39,5 +39,5 @@ class Method:
         """What the method keeps beside the blocks' states: plain tensors and numbers."""
         return {}
 
-    def load(self, saved: dict[str, Any], blocks: dict[str, LinearBlock], device: torch.device) -> None:
+    def load(self, saved: dict[str, Any], blocks: dict[str, Block], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""

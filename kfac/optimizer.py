@@ -19,7 +19,7 @@ from . import groups as param_groups
 from .curvature import Curvature
 from .fallback import FALLBACK_LR, Fallback
 from .later import seen_broken
-from .layers import LinearBlock
+from .layers import Block
 from .levenberg import LevenbergMarquardt
 from .method import Method
 from .options import Options, check_options
@@ -136,6 +136,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             factor_interval=factor_interval if factor_interval is not None else 5 if tuned else 10,
             inverse_interval=inverse_interval if inverse_interval is not None else 10 if tuned else 100,
             generator=generator,
+            sharing=sharing,
+            max_factor_size=max_factor_size,
+            first_order=param_groups.first_order_ids(given),
+            instead=f"AdamW (lr {FALLBACK_LR}) trains them",
             early_steps=EARLY_STEPS if tuned else 0,
             owner=type(self).__name__,
         )
@@ -145,13 +149,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "loss: its floor is None, and the self-tuning step bounds its promise by the loss; "
                 "allowed: a loss with a smallest value, or lr=<number>"
             )
-        self._rule = SelfTuningRule(max_decrease, warmup, max_growth, floor) if tuned else FixedRule(kl_clip)
+        self._rule = SelfTuningRule(max_decrease, warmup, max_growth) if tuned else FixedRule(kl_clip)
         self._levenberg = LevenbergMarquardt(model, self._curvature) if adapt_damping else None
         self._fallback = Fallback(weight_decay)
         split = param_groups.split(given, self.blocks, model, self._fallback)
         if not split:
             raise ValueError("model: it has no parameter that requires a gradient")
-        self._names = {id(p): name for name, p in compiling.unwrapped(model).named_parameters()}
+        named = compiling.unwrapped(model).named_parameters()
+        self._names = {id(p): compiling.plain_name(name) for name, p in named}
         defaults = {
             "lr": 1.0 if lr is None else lr,
             "momentum": momentum,
@@ -163,7 +168,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._arm()
 
     @property
-    def blocks(self) -> list[LinearBlock]:
+    def blocks(self) -> list[Block]:
         """The layers that have a curvature block."""
         return self._curvature.blocks
 
@@ -183,7 +188,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         checked = self._levenberg is not None and self._levenberg.due()
-        self._curvature.arm(model_due=self.self_tuning or checked)
+        self._curvature.arm(model_due=self.self_tuning or checked, exactly=checked)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; statistics that came with the gradients go with them."""
@@ -239,13 +244,13 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     def _update(
         self,
-        blocks: list[LinearBlock],
+        blocks: list[Block],
         groups: list[dict[str, Any]],
         gradients: list[Tensor],
         others: list[dict[str, Any]],
         finite: Tensor,
         group_of: dict[int, dict[str, Any]],
-    ) -> dict[LinearBlock, Tensor]:
+    ) -> dict[Block, Tensor]:
         """Move all parameters; returns the steps of the blocks."""
         curvature, collector = self._curvature, self._curvature.collector
         usable = [i for i, block in enumerate(blocks) if curvature.ready(block)]
@@ -267,6 +272,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             curvature.dampings[blocks[0]] if blocks else finite.new_zeros(()),
             form=curvature.quadratic_form,
             loss=collector.loss() if collector.losses else None,
+            room=collector.room() if collector.losses else None,
             step=curvature.step,
         )
         if not blocks and self.self_tuning:
@@ -283,7 +289,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             if self.decoupled_weight_decay:
                 for parameter in block.parameters:
                     if decay := group_of[id(parameter)]["weight_decay"]:
-                        keep = 1 - torch.as_tensor(rate * decay, device=step.device, dtype=step.dtype)
+                        keep = step.new_ones(()) - rate * decay  # a number made on the device: no copy to wait for
                         parameter.mul_(torch.where(plan.finite, keep, 1.0))
             if group["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
@@ -295,7 +301,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             self._fallback.scale(plan.factor)
         self._curvature.stats |= plan.stats
 
-    def _gradient(self, block: LinearBlock, group_of: dict[int, dict[str, Any]]) -> Tensor:
+    def _gradient(self, block: Block, group_of: dict[int, dict[str, Any]]) -> Tensor:
         gradients = []
         for parameter in block.parameters:
             gradient = parameter.grad
@@ -308,7 +314,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """The weight decay that is part of the objective, and so of gradient and damping."""
         return 0.0 if self.decoupled_weight_decay else group["weight_decay"]
 
-    def _group_of(self, block: LinearBlock, group_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    def _group_of(self, block: Block, group_of: dict[int, dict[str, Any]]) -> dict[str, Any]:
         for parameter in block.parameters:
             if id(parameter) not in group_of:
                 raise RuntimeError(f"param_groups: {self._names[id(parameter)]!r} of a layer is in none of them")
@@ -344,7 +350,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["first_order"]:
                 lines += [
-                    f"{self._names.get(id(p), '(added)'):32} {'AdamW':12} {'':12} {'':12} {p.numel():11,}"
+                    f"{self._names.get(id(p), '(added)'):32} {'AdamW':16} {'':8} {'':12} {'':12} {p.numel():11,}"
                     for p in group["params"]
                 ]
         return "\n".join(lines)

@@ -13,7 +13,7 @@ from .ekfac import KroneckerEigenMethod
 from .gkfac import TwoLevelMethod
 from .kfac import KroneckerMethod
 from .later import seen_broken
-from .layers import LinearBlock
+from .layers import Block
 from .method import Method
 from .options import check_options
 from .state import LayerCurvature
@@ -85,12 +85,15 @@ class Preconditioner:
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
             generator=generator,
+            sharing=sharing,
+            max_factor_size=max_factor_size,
+            instead="their gradients stay as they are",
             owner=type(self).__name__,
         )
         self._curvature.arm(model_due=False)
 
     @property
-    def blocks(self) -> list[LinearBlock]:
+    def blocks(self) -> list[Block]:
         """The layers that have a curvature block."""
         return self._curvature.blocks
 

@@ -11,36 +11,6 @@ import torch
 from torch import Tensor
 
 
-def row_products(a: Tensor, g: Tensor, directions: Tensor, memory: int = 2**24) -> Tensor:
-    """Inner products of each example's curvature row with some directions, sum_t <g, V a>.
-
-    Args:
-        a: rows [K, N, T, d_in].
-        g: rows [K, M, N, T, d_out].
-        directions: [I, K, d_out, d_in].
-        memory: largest number of numbers that a chunk of per-example gradients may hold.
-
-    Returns:
-        [M * N, I]; for S of this shape, S^T S is the curvature along the directions within the layer.
-    """
-    k, n, t, d_in = a.shape
-    m, (count, _, d_out, _) = g.shape[1], directions.shape
-    if m * (t + count) * d_in < t * count * (d_in + m):
-        # Fewer products by the gradients of each example, sum_t g a^T, than by the directions' outputs V a.
-        flat = directions.reshape(count, -1)
-        chunk = max(1, memory // (m * flat.shape[1]))
-        parts = []
-        for some_a, some_g in zip(a.split(chunk, dim=1), g.split(chunk, dim=2), strict=True):
-            gradients = (some_g.mT @ some_a[:, None]).movedim(0, 2)
-            parts.append(gradients.reshape(m, -1, flat.shape[1]) @ flat.T)
-        return torch.cat(parts, dim=1).reshape(-1, count)
-    weights = directions.permute(1, 3, 0, 2).reshape(k, d_in, count * d_out)
-    outputs = (a.reshape(k, n * t, d_in) @ weights).reshape(k, n, t, count, d_out)
-    # Elementwise products and sums: as one einsum this is many small matrix products, three to ten times slower.
-    columns = [(g * outputs[:, None, :, :, i]).sum((0, 3, 4)) for i in range(count)]
-    return torch.stack(columns, dim=-1).reshape(-1, count)
-
-
 def minimise_in_box(gradient: Tensor, curvature: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """The minimiser of gradient . w + 1/2 w^T curvature w over lower <= w <= upper, for two unknowns.
 

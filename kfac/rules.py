@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import clip, quadratic
-from .layers import LinearBlock
+from .layers import Block
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Problem:
     a block add.
     """
 
-    blocks: list[LinearBlock]
+    blocks: list[Block]
     gradients: list[Tensor]
     buffers: list[Tensor]
     groups: list[dict[str, Any]]
@@ -34,8 +34,9 @@ class Problem:
     finite: Tensor
     first_order: Tensor
     damping: Tensor
-    form: Callable[[dict[LinearBlock, Tensor]], Tensor]
+    form: Callable[[dict[Block, Tensor]], Tensor]
     loss: Tensor | None
+    room: Tensor | None
     step: int
 
 
@@ -57,17 +58,23 @@ class FixedRule:
 
     Momentum averages gradients before they are preconditioned, so lr^2 <K^-1 buffer, buffer> is the quadratic form
     of the step really taken, and nu = min(1, sqrt(kl_clip / form)) bounds it over all parameters.
+
+    That form is the step's curvature only while curvature is there: a classifier that is sure and wrong has none, and a
+    gradient. So nu is also at most what makes the step's first-order promise <step, gradient> the whole loss above its
+    floor, as last known.
     """
 
     def __init__(self, kl_clip: float | None):
         self.kl_clip = kl_clip
+        self.room: Tensor | None = None
 
     def save(self) -> dict[str, Tensor]:
-        """What the rule remembers between steps: nothing."""
-        return {}
+        """What the rule remembers between steps."""
+        return {} if self.room is None else {"room": self.room}
 
     def load(self, saved: dict[str, Tensor], device: torch.device) -> None:
-        """Take over what `save` gave."""
+        """Take over what `save` gave, as copies on `device`."""
+        self.room = saved["room"].to(device, copy=True) if saved else None
 
     def __call__(self, problem: Problem) -> Plan:
         groups = problem.groups
@@ -77,7 +84,19 @@ class FixedRule:
         form = problem.first_order.clone()
         for direction, buffer, group in zip(directions, buffers, groups, strict=True):
             form = form + group["lr"] ** 2 * quadratic.dot(direction, buffer).abs()
-        factor = torch.ones_like(form) if self.kl_clip is None else clip.kl_factor(form, self.kl_clip)
+        factor = torch.ones_like(form)
+        if self.kl_clip is not None:
+            factor = clip.kl_factor(form, self.kl_clip)
+            if problem.room is not None:
+                known = problem.room if self.room is None else self.room
+                self.room = torch.where(problem.finite, problem.room, known)
+            if self.room is not None:
+                slopes = zip(directions, problem.gradients, groups, strict=True)
+                promise = torch.zeros_like(form)
+                for direction, gradient, group in slopes:
+                    promise = promise + group["lr"] * quadratic.dot(direction, gradient)
+                tiny = torch.finfo(promise.dtype).tiny
+                factor = torch.minimum(factor, self.room.to(factor.dtype) / promise.abs().clamp_min(tiny))
         finite = problem.finite & factor.isfinite()
         steps = [
             torch.where(finite, -group["lr"] * factor * x, 0.0) for x, group in zip(directions, groups, strict=True)
@@ -96,8 +115,8 @@ class SelfTuningRule:
        floor.
     """
 
-    def __init__(self, max_decrease: float, warmup: int, max_growth: float, floor: float):
-        self.max_decrease, self.warmup, self.max_growth, self.floor = max_decrease, warmup, max_growth, floor
+    def __init__(self, max_decrease: float, warmup: int, max_growth: float):
+        self.max_decrease, self.warmup, self.max_growth = max_decrease, warmup, max_growth
         self.alpha_mean: Tensor | None = None
 
     def save(self) -> dict[str, Tensor]:
@@ -109,7 +128,7 @@ class SelfTuningRule:
         self.alpha_mean = saved["alpha_mean"].to(device, copy=True) if saved else None
 
     def __call__(self, problem: Problem) -> Plan:
-        assert problem.loss is not None
+        assert problem.room is not None
         # One vector over all layers: few large operations instead of many small ones.
         pair = torch.stack([-_flat(problem.solve(problem.gradients)), _flat(problem.buffers)])
         directions = dict(zip(problem.blocks, _split(pair, problem), strict=True))
@@ -124,7 +143,7 @@ class SelfTuningRule:
 
         share = min(self.max_decrease, 0.02 + self.max_decrease * problem.step / max(self.warmup, 1))
         promise, bend = -(weights @ slope), weights @ form @ weights
-        scale = quadratic.bounded_scale(promise, bend, share * (problem.loss - self.floor).clamp_min(0))
+        scale = quadratic.bounded_scale(promise, bend, share * problem.room)
         finite = problem.finite & weights.isfinite().all() & scale.isfinite()
         known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]

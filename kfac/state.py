@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .layers import LinearBlock
+from .layers import Block
 
 _TENSORS = ("A", "G", "count", "damping_a", "damping_g", "pi", "jitter")
 
 
 @dataclass
 class BlockState:
-    """The running averages of one layer and the solver's tensors; K is the number of groups of a convolution.
+    """The running averages of one block and the solver's tensors; K is the number of groups or channels.
 
-    A: [K, d_in, d_in], G: [K, d_out, d_out]; `count` statistics steps went into them. `damping_a`, `damping_g` and
-    `pi` are [K]. `jitter` is the number of powers of ten that failed inverses have added to the damping, `rung` how
-    many failures the host has learnt of. `age` is the number of steps since the solver was renewed.
+    A: [K, d_in, d_in] and G: [K, d_out, d_out], or [K, d] where only a diagonal is kept; `count` statistics steps went
+    into them. `damping_a`, `damping_g` and `pi` are [K]. `jitter` is the number of powers of ten that failed inverses
+    have added to the damping, `rung` how many failures the host has learnt of. `age` is the number of steps since the
+    solver was renewed.
     """
 
     A: Tensor
@@ -33,12 +34,12 @@ class BlockState:
     age: int = 0
 
     @classmethod
-    def of(cls, block: LinearBlock) -> BlockState:
+    def of(cls, block: Block) -> BlockState:
         k, d_out, d_in = block.shape
         like = block.parameters[0]
         return cls(
-            A=like.new_zeros(k, d_in, d_in),
-            G=like.new_zeros(k, d_out, d_out),
+            A=like.new_zeros((k, d_in) if block.diagonal_a else (k, d_in, d_in)),
+            G=like.new_zeros((k, d_out) if block.diagonal_g else (k, d_out, d_out)),
             count=like.new_zeros(()),
             damping_a=like.new_zeros(k),
             damping_g=like.new_zeros(k),
@@ -70,9 +71,9 @@ class BlockState:
 class LayerCurvature:
     """The curvature of one layer, as `KroneckerOptimizer.curvature` shows it.
 
-    A [d_in, d_in] and G [d_out, d_out] are the running averages (with a leading dimension where a convolution has
-    groups); `damping_a` and `damping_g` are what the inverses in use were damped with, `age` the steps since those
-    were made.
+    A [d_in, d_in] and G [d_out, d_out] are the running averages ([d] where only a diagonal is kept; with a leading
+    dimension for the groups of a convolution or the channels of a norm layer); `damping_a` and `damping_g` are what the
+    inverses in use were damped with, `age` the steps since those were made.
     """
 
     A: Tensor

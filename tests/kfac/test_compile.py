@@ -106,6 +106,17 @@ def block_by_block(p: Problem, build: Callable[[nn.Module], Any], **how: Any) ->
     return used, p.loss
 
 
+def children_replaced(p: Problem, build: Callable[[nn.Module], Any], **how: Any) -> tuple[Any, Step]:
+    for name, child in list(p.model.named_children()):
+        setattr(p.model, name, torch.compile(child, **how))
+    return build(p.model), p.loss
+
+
+def criterion_too(p: Problem, build: Callable[[nn.Module], Any], **how: Any) -> tuple[Any, Step]:
+    p.criterion = torch.compile(p.criterion, backend="eager")
+    return optimizer_first(p, build, **how)
+
+
 def whole_loss(p: Problem, build: Callable[[nn.Module], Any], **how: Any) -> tuple[Any, Step]:
     used = build(p.model)
     return used, torch.compile(lambda: p.criterion(p.model(p.inputs), p.targets), **how)
@@ -129,6 +140,8 @@ WAYS = [
     in_place_before,
     in_place_after,
     block_by_block,
+    children_replaced,
+    criterion_too,
     whole_loss,
     run_before,
 ]
@@ -160,7 +173,7 @@ def test_a_compiled_model_makes_the_eager_steps_and_runs_compiled_where_nothing_
         used, loss = way(compiled, lambda m: KFAC(m, loss=compiled.criterion, **FIXED), backend=backend, fullgraph=True)
         backend.runs = 0
         values = train(used, loss, 7)
-    parts = len(list(compiled.model.children())) if way is block_by_block else 1
+    parts = len(list(compiled.model.children())) if way in (block_by_block, children_replaced) else 1
     # Statistics are due at steps 0, 3 and 6; one graph serves the other four.
     assert (backend.graphs, backend.runs) == (parts, 4 * parts)
     assert values == pytest.approx(expected, rel=1e-9)
@@ -206,7 +219,22 @@ def test_a_preconditioner_in_front_of_another_optimizer() -> None:
         problem.criterion(model(problem.inputs), problem.targets).backward()
         preconditioner.step()
         sgd.step()
-    assert backend.runs == 2 and len(preconditioner.curvature()) == 2
+    assert backend.runs == 2 and len(preconditioner.curvature()) == 3
+
+
+@pytest.mark.filterwarnings("ignore:KFAC. statistics were due")
+def test_a_due_step_that_is_compiled_all_the_same_goes_without_statistics() -> None:
+    """Where the user insists on compiled code, hooks fold to nothing: no break of a full graph, no error."""
+    problem, backend = net_problem(), Counted()
+    model = torch.compile(problem.model, backend=backend, fullgraph=True)
+    used = KFAC(model, loss=problem.criterion, **FIXED)
+    for compiled in (True, False, False):
+        used.zero_grad()
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            problem.criterion(model(problem.inputs), problem.targets).backward()
+        used.step()
+        assert bool(used.curvature()) != compiled
+    assert (backend.graphs, backend.runs) == (1, 1)
 
 
 # The stance

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ RULES: dict[str, dict[str, Any]] = {
     "fixed": {"lr": 0.05, "damping": 0.1, "factor_interval": 2, "inverse_interval": 2},
     "self-tuning": {},
 }
-WRAPPERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "find-unused": {"find_unused_parameters": True},
-    "static-graph": {"static_graph": True},
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": DistributedDataParallel,
+    "find-unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
+    "static-graph": lambda model: DistributedDataParallel(model, static_graph=True),
+    "compiled-outside": lambda model: torch.compile(DistributedDataParallel(model), backend="aot_eager"),
+    "compiled-inside": lambda model: DistributedDataParallel(torch.compile(model, backend="aot_eager")),
 }
 STEPS = 6
 CASES = [(o, r, "plain", "wrapper") for o, r in itertools.product(OPTIMIZERS, RULES)] + [
@@ -83,10 +85,10 @@ def distributed_run(rank: int, case: tuple[str, str, str, str]) -> dict[str, Any
     """Train; gradients beside those of the same wrapper without an optimizer, and the parameters after all steps."""
     optimizer, rule, wrapper, given = case
     model, criterion, inputs, targets = problem()
-    alone = DistributedDataParallel(copy.deepcopy(model), **WRAPPERS[wrapper])
+    alone = WRAPPERS[wrapper](copy.deepcopy(model))
     if given == "inner":
         used = OPTIMIZERS[optimizer](model, loss=criterion, fisher="exact", **RULES[rule])
-    ddp = DistributedDataParallel(model, **WRAPPERS[wrapper])
+    ddp = WRAPPERS[wrapper](model)
     if given == "wrapper":
         used = OPTIMIZERS[optimizer](ddp, loss=criterion, fisher="exact", **RULES[rule])
     half = slice(4 * rank, 4 * rank + 4)
@@ -141,7 +143,7 @@ def test_both_ranks_make_the_step_of_one_process_on_both_halves(ranks: Any, case
     first, second = (rank["/".join(case)] for rank in ranks)
     assert torch.equal(first["weights"], second["weights"])
     assert truth.relative_error(first["weights"], single_run(case)) < 1e-10
-    assert first["layers"] == ["trunk.0", "head"]
+    assert first["layers"] == ["trunk.0", "trunk.1", "head"]
     assert all(torch.equal(value, second["stats"][name]) for name, value in first["stats"].items())
 
 

@@ -356,8 +356,8 @@ def test_parameters_without_a_block_follow_adamw_at_their_own_rate(optimizer: An
 
 @OPTIMIZERS
 def test_a_model_without_any_block_trains_like_adamw(optimizer: Any) -> None:
-    model = nn.Sequential(nn.LayerNorm(4)).double()
-    twin = nn.Sequential(nn.LayerNorm(4)).double()
+    model = nn.PReLU(4).double()
+    twin = nn.PReLU(4).double()
     criterion = nn.MSELoss()
     with torch.random.fork_rng(devices=[]):
         inputs, targets = torch.randn(2, 8, 4, dtype=torch.float64)

@@ -1,0 +1,285 @@
+"""Curvature rows: the gradients of curvature vectors, example by example, and all sums over them.
+
+A row is the matrix sum_t g a^T of one example and one vector; the curvature of the loss is the sum of all rows' outer
+products (losses.py). For each layer they are kept as their parts (layers.py): a [K, N, T, d_in], or indices [K, N, T]
+where a is one-hot (-1 for a row that counts nowhere), and g [K, M, N, T, d_out].
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capture import Batch
+from .layers import Block
+
+MODEL_ROWS = 256  # examples that the quadratic model uses at least, before it takes a quarter of the batch
+
+
+@dataclass
+class Rows:
+    """Curvature rows of one batch: (a, g) of each layer, with the same examples in dimension N; the batch's weight.
+
+    `vectors` is how many vectors lie side by side in N for every example, because inputs differ between them.
+    """
+
+    layers: dict[Block, tuple[Tensor, Tensor]]
+    weight: Tensor
+    vectors: int = 1
+
+
+def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
+    """Send curvature vectors back through a batch's graph and bring every layer to rows of the same examples."""
+    calls: list[tuple[Block, Tensor, Tensor]] = []
+    sent = [batch.send_back(vector) for vector in vectors]
+    for call, arrived in zip(batch.calls, zip(*sent, strict=True), strict=True):
+        gradients = [g for g in arrived if g is not None]
+        if not gradients:
+            continue  # a dead branch: the output does not depend on this call
+        if len(gradients) < len(arrived):
+            gradients = [torch.zeros_like(gradients[0]) if g is None else g for g in arrived]
+        calls.append((call.block, *call.block.rows(call.rows, gradients, call.module)))
+    if not calls:
+        return Rows({}, weight)
+    usual, examples = _examples([(a, g) for _, a, g in calls])
+    aligned: dict[Block, list[tuple[Tensor, Tensor]]] = {}
+    for block, a, g in calls:
+        aligned.setdefault(block, []).append(_align(a, g, usual, examples))
+    layers = {}
+    for block, parts in aligned.items():
+        # Further calls of a layer are positions T.
+        a = _join([a for a, _ in parts], dim=2 if _is_index(parts[0][0]) else -2)
+        g = _join([g for _, g in parts], dim=3)
+        if block.unit:  # its input is always 1: the sum over positions is exact
+            a, g = a[:, :, :1], g.sum(3, keepdim=True)
+        layers[block] = (a, g)
+    if not any(_differs(a) for a, _ in layers.values()):
+        return Rows(layers, weight)
+    return Rows({block: _side_by_side(a, g) for block, (a, g) in layers.items()}, weight, len(vectors))
+
+
+def _examples(calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    """The usual size of dimension 0 over all calls, and the number of examples: what the calls that fit it share."""
+    sizes = [g.shape[2] for _, g in reversed(calls)]
+    frequency = Counter(n for n in sizes if n > 1)
+    usual = frequency.most_common(1)[0][0] if frequency else 1
+    return usual, math.gcd(*[g.shape[2] for a, g in calls if _fits(a, g, usual)])
+
+
+def _fits(a: Tensor, g: Tensor, usual: int) -> bool:
+    """Whether dimension 0 of a call is the batch, or the batch and positions in one."""
+    n = g.shape[2]
+    if _is_index(a) and g.shape[3] == 1:
+        return n == usual  # other plain lists of indices are positions
+    return n % usual == 0 or (n > 1 and usual % n == 0)
+
+
+def _align(a: Tensor, g: Tensor, usual: int, examples: int) -> tuple[Tensor, Tensor]:
+    """Rows of a call with `examples` in N.
+
+    What all examples share (positions, a task's embedding) has one gradient, the sum over examples, and no rows of its
+    own for each. Every example takes an equal part of its square, which keeps the expectation for drawn vectors.
+    """
+    lead = 2 if _differs(a) else 1
+    n, t, *tail = a.shape[lead:]
+    if _fits(a, g, usual):
+        # Positions that were flattened into the batch are positions T.
+        return a.reshape(*a.shape[:lead], examples, -1, *tail), g.reshape(*g.shape[:2], examples, -1, g.shape[-1])
+    if t == examples:  # the batch is dimension 1
+        return a.transpose(lead, lead + 1), g.transpose(2, 3)
+    a = a.reshape(*a.shape[:lead], 1, n * t, *tail).expand(*a.shape[:lead], examples, n * t, *tail)
+    g = g.reshape(*g.shape[:2], 1, n * t, g.shape[-1]) / math.sqrt(examples)
+    return a, g.expand(-1, -1, examples, -1, -1)
+
+
+def _side_by_side(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors of each example as examples of their own: N M of them, M = 1."""
+    if not _differs(a):
+        a = a[:, None].expand(-1, g.shape[1], *a.shape[1:])
+    return a.transpose(1, 2).flatten(1, 2), g.transpose(1, 2).flatten(1, 2)[:, None]
+
+
+def _is_index(a: Tensor) -> bool:
+    return a.dtype == torch.long
+
+
+def _differs(a: Tensor) -> bool:
+    """Whether inputs differ from vector to vector."""
+    return a.dim() == 5
+
+
+def quarter(rows: Rows) -> Rows:
+    """A quarter of the examples, at least `MODEL_ROWS`, scaled to stand for all."""
+    layers = {}
+    for block, (a, g) in rows.layers.items():
+        examples = a.shape[1]
+        kept = min(examples, max(examples // rows.vectors // 4, MODEL_ROWS) * rows.vectors)
+        layers[block] = (a[:, :kept], g[:, :, :kept] * math.sqrt(examples / kept)) if kept < examples else (a, g)
+    return Rows(layers, rows.weight, rows.vectors)
+
+
+def moments(block: Block, a: Tensor, g: Tensor, mask: Tensor | None, vectors: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums that Kronecker factors are made of: of a a^T, how many rows that is, and of g g^T.
+
+    With `block.reduce` an example's positions are first averaged in a and summed in g (Eschenhagen et al. 2023, arXiv
+    2311.00636). Sides that keep a diagonal give [K, d] instead of [K, d, d].
+
+    Args:
+        mask: 1 for examples or positions that count, 0 for those that the loss ignores; used where its size is N or
+            N * T.
+        vectors: how many vectors lie side by side in N.
+    """
+    k, n, t = a.shape[:3]
+    summed = g.sum(3, keepdim=True) if _reduced(block, a) else g
+    outer_g = _second_moment(summed.flatten(1, 3), block.diagonal_g)
+    if block.unit:
+        return g.new_ones(k, 1, 1), g.new_ones(()), outer_g
+    keep: Tensor | None = None
+    if mask is not None and mask.numel() * vectors in (n, n * t):
+        keep = mask.to(g.dtype).reshape(n // vectors, 1, -1).expand(-1, vectors, t).reshape(n, t)
+    if _is_index(a):
+        known = (a[0] >= 0).to(g.dtype)
+        keep = known if keep is None else keep * known
+    if _reduced(block, a):
+        shares = g.new_ones(n, t) if keep is None else keep
+        shares = shares / shares.sum(1, keepdim=True).clamp_min(1)
+        if _is_index(a):
+            a = g.new_zeros(k, n, block.shape[2]).scatter_add_(2, a.clamp_min(0), shares[None])[:, :, None]
+        else:
+            a = shares[:, None] @ a
+        # Examples of which nothing counts are zeros now.
+        return _second_moment(a.flatten(1, 2), block.diagonal_a), (shares.sum(1) > 0).sum().to(g.dtype), outer_g
+    count = g.new_ones(()) * (n * t) if keep is None else keep.sum()
+    if _is_index(a):
+        assert keep is not None
+        return _by_token(a, keep[..., None], block.shape[2])[:, 0], count, outer_g
+    return _second_moment(a.flatten(1, 2), block.diagonal_a, None if keep is None else keep.reshape(-1)), count, outer_g
+
+
+def _reduced(block: Block, a: Tensor) -> bool:
+    return block.reduce and a.shape[2] > 1
+
+
+def _second_moment(rows: Tensor, diagonal: bool, mask: Tensor | None = None) -> Tensor:
+    weighted = rows if mask is None else rows * mask[:, None]
+    return (weighted * rows).sum(1) if diagonal else rows.mT @ weighted
+
+
+def squared_gradients(
+    a: Tensor,
+    g: Tensor,
+    size: int,
+    basis_a: Tensor | None = None,
+    basis_g: Tensor | None = None,
+    memory: int = 2**24,
+) -> Tensor:
+    """Second moments of rows in a basis, sum over n and vectors of (Q_g^T sum_t g a^T Q_a)^2, elementwise.
+
+    This is the scale of E-KFAC (George et al. 2018, arXiv 1806.03884, equation 10).
+
+    Args:
+        a: rows [K, N, T, d_in], or indices [K, N, T].
+        g: rows [K, M, N, T, d_out].
+        size: d_in.
+        basis_a, basis_g: [K, d, d], eigenvectors as columns; None for the identity.
+        memory: largest number of numbers that a chunk of rows may hold.
+
+    Returns:
+        [K, d_out, d_in].
+    """
+    g = g if basis_g is None else g @ basis_g[:, None, None]
+    if _is_index(a):
+        return _squares_by_token(a, g, size)
+    a = a if basis_a is None else a @ basis_a[:, None]
+    if a.shape[2] == 1:
+        return g[:, :, :, 0].square().sum(1).mT @ a[:, :, 0].square()
+    total = a.new_zeros(a.shape[0], g.shape[-1], a.shape[-1])
+    chunk = max(1, memory // (a.shape[0] * g.shape[-1] * a.shape[-1]))
+    for vector in g.unbind(1):
+        for first in range(0, a.shape[1], chunk):
+            part = slice(first, first + chunk)
+            total += (vector[:, part].mT @ a[:, part]).square().sum(1)
+    return total
+
+
+def row_products(a: Tensor, g: Tensor, directions: Tensor, memory: int = 2**24) -> Tensor:
+    """Inner products of rows with some directions, sum_t <g, V a>.
+
+    Args:
+        a: rows [K, N, T, d_in], or indices [K, N, T].
+        g: rows [K, M, N, T, d_out].
+        directions: [I, K, d_out, d_in].
+        memory: largest number of numbers that a chunk of per-example gradients may hold.
+
+    Returns:
+        [M * N, I]; for S of this shape, S^T S is the curvature along the directions within the layer.
+    """
+    if _is_index(a):
+        columns = [(g[0] * direction[0].mT[a[0].clamp_min(0)]).sum((-2, -1)) for direction in directions]
+        return torch.stack(columns, dim=-1).reshape(-1, len(directions))
+    k, n, t, d_in = a.shape
+    m, (count, _, d_out, _) = g.shape[1], directions.shape
+    if m * (t + count) * d_in < t * count * (d_in + m):
+        # Fewer products by the gradients of each example, sum_t g a^T, than by the directions' outputs V a.
+        flat = directions.reshape(count, -1)
+        chunk = max(1, memory // (m * flat.shape[1]))
+        parts = []
+        for some_a, some_g in zip(a.split(chunk, dim=1), g.split(chunk, dim=2), strict=True):
+            gradients = (some_g.mT @ some_a[:, None]).movedim(0, 2)
+            parts.append(gradients.reshape(m, -1, flat.shape[1]) @ flat.T)
+        return torch.cat(parts, dim=1).reshape(-1, count)
+    weights = directions.permute(1, 3, 0, 2).reshape(k, d_in, count * d_out)
+    outputs = (a.reshape(k, n * t, d_in) @ weights).reshape(k, n, t, count, d_out)
+    # Elementwise products and sums: as one einsum this is many small matrix products, three to ten times slower.
+    columns = [(g * outputs[:, None, :, :, i]).sum((0, 3, 4)) for i in range(count)]
+    return torch.stack(columns, dim=-1).reshape(-1, count)
+
+
+def row_times(a: Tensor, g: Tensor, s: Tensor, size: int) -> Tensor:
+    """Rows added up with a number each, sum over n and vectors of s g a^T: [K, d_out, d_in].
+
+    Args:
+        a: rows [K, N, T, d_in], or indices [K, N, T].
+        g: rows [K, M, N, T, d_out].
+        s: [M * N].
+        size: d_in.
+    """
+    weighted = (s.reshape(1, g.shape[1], -1, 1, 1) * g).sum(1)
+    if _is_index(a):
+        return _by_token(a, weighted[0], size)
+    return weighted.flatten(1, 2).mT @ a.flatten(1, 2)
+
+
+def row_sums(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """1^T a [K, N, T] and 1^T g [K, M, N, T]."""
+    return (a >= 0).to(g.dtype) if _is_index(a) else a.sum(-1), g.sum(-1)
+
+
+def _squares_by_token(a: Tensor, g: Tensor, size: int) -> Tensor:
+    """Rows of an example that have the same token are added up before they are squared: [1, d_out, size]."""
+    tokens, order = a[0].sort(dim=1, stable=True)
+    first = torch.ones_like(tokens, dtype=torch.bool)
+    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    place = first.long().cumsum(1) - 1  # of each token among those of its example
+    squares = torch.zeros_like(g[0, 0])
+    for vector in g[0]:
+        summed = torch.zeros_like(vector)
+        summed.scatter_add_(1, place[..., None].expand_as(vector), vector.gather(1, order[..., None].expand_as(vector)))
+        squares += summed.square()
+    return _by_token(torch.full_like(tokens, -1).scatter_(1, place, tokens)[None], squares, size)
+
+
+def _by_token(a: Tensor, values: Tensor, size: int) -> Tensor:
+    """Values [N, T, d] added up by token: [1, d, size]; those of -1 have to be zero."""
+    flat = values.reshape(-1, values.shape[-1])
+    return values.new_zeros(size, values.shape[-1]).index_add_(0, a.reshape(-1).clamp_min(0), flat).mT[None]
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
