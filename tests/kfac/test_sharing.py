@@ -383,3 +383,98 @@ def test_the_block_of_a_tied_embedding_has_the_trace_of_both_uses() -> None:
     truth.step(used, trained)
     tied = next(layer for name, layer in used.curvature().items() if "mix" not in name)
     assert block_trace(tied) == pytest.approx(own_trace(problem), rel=1e-8)
+
+
+# Where the batch is
+
+
+class Positioned(nn.Module):
+    """Positions from a table that is looked up once, without a batch, and added to every example."""
+
+    def __init__(self, once: bool) -> None:
+        super().__init__()
+        self.once, self.positions = once, nn.Embedding(3, 4)
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(12, 3)
+
+    def forward(self, value: Tensor) -> Tensor:
+        index = torch.arange(3)
+        if not self.once:
+            index = index.expand(value.shape[0], 3)
+        return self.head(torch.tanh(self.mix(value + self.positions(index))).flatten(1))
+
+
+@EXACT
+@pytest.mark.parametrize("once", [False, True], ids=["for-each-example", "once-for-all"])
+def test_a_table_of_positions_trains_its_neighbours_alike(once: bool, optimizer: Any, options: Any) -> None:
+    """What all examples share does not disturb the steps of the layers beside it."""
+    problem = LayerCase("positioned", lambda: Positioned(once), numbers(6, 3, 4), LOSSES["ce-mean"]).make()
+    plain = LayerCase("positioned", lambda: Positioned(False), numbers(6, 3, 4), LOSSES["ce-mean"]).make()
+    moves = truth.first_step(optimizer, problem, damping=DAMPING, **options)
+    expected = truth.first_step(optimizer, plain, damping=DAMPING, **options)
+    for name in ("mix.weight", "mix.bias", "head.weight", "head.bias"):
+        assert truth.relative_error(moves[name], expected[name]) < 1e-9, name
+    assert moves["positions.weight"].any()
+
+
+class BatchSecond(nn.Module):
+    """Layers on [T, N, d], as recurrent nets have it: dimension 0 is not the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(value.transpose(0, 1))).mean(0))
+
+
+@SOLVERS
+def test_factors_under_expand_do_not_ask_which_dimension_is_the_batch(
+    solver: str, expected_step: Callable[..., Tensor]
+) -> None:
+    problem = LayerCase("batch-second", BatchSecond, numbers(6, 4, 4), LOSSES["ce-mean"]).make()
+    moves = truth.first_step(KFAC, problem.copy(), damping=DAMPING, solver=solver)
+    for name, (a, g) in layers.factors(problem).items():
+        expected = expected_step(problem, name, a, g, DAMPING)
+        assert truth.relative_error(layers.moved(problem, name, moves), expected) < 1e-8, name
+
+
+# Drawn vectors
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        GENERAL[1],
+        LayerCase(
+            "tokens",
+            lambda: nn.Sequential(
+                nn.Embedding(5, 3), nn.LayerNorm(3), nn.Linear(3, 4), nn.Tanh(), Mean(), nn.Linear(4, 3)
+            ),
+            tokens(5, 6, 3),
+            LOSSES["ce-mean"],
+        ),
+        LayerCase("tied", Language, tokens(7, 4, 2), LOSSES["ce-mean"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_factors_of_many_drawn_vectors_come_to_those_of_exact_ones(case: LayerCase, sharing: str) -> None:
+    """The error falls as one over the root of the number drawn, for every kind of block."""
+    exact = truth.start(KFAC, problem := case.make(), damping=1.0, lr=0.0, sharing=sharing)
+    truth.step(exact, problem)
+    errors = []
+    for samples in (25, 2500):
+        other = case.make()
+        drawn = truth.start(KFAC, other, damping=1.0, lr=0.0, sharing=sharing, fisher="sampled", fisher_samples=samples)
+        truth.step(drawn, other)
+        errors.append(
+            [
+                truth.relative_error(drawn.curvature()[name].G, layer.G)
+                for name, layer in exact.curvature().items()
+                if not name.startswith("embed")  # its sides trade a scale with the draw: below
+            ]
+        )
+    assert all(many < 0.12 for many in errors[1]), errors
+    assert sum(errors[1]) < 0.3 * sum(errors[0])
+    for name, layer in exact.curvature().items():
+        assert block_trace(drawn.curvature()[name]) == pytest.approx(block_trace(layer), rel=0.1), name
