@@ -385,6 +385,21 @@ def test_the_block_of_a_tied_embedding_has_the_trace_of_both_uses() -> None:
     assert block_trace(tied) == pytest.approx(own_trace(problem), rel=1e-8)
 
 
+@pytest.mark.xfail(strict=True, reason="each call's rows are scaled by their own mean, which splits do not keep")
+@OPTIMIZERS
+def test_micro_batches_are_one_batch_for_a_tied_embedding_too(optimizer: Any) -> None:
+    whole, parts = language(6, 3), language(6, 3)
+    first, second = (truth.start(optimizer, problem, damping=DAMPING) for problem in (whole, parts))
+    truth.step(first, whole)
+    second.zero_grad()
+    for inputs, targets in zip(parts.inputs.split([1, 3, 2]), parts.targets.split([1, 3, 2]), strict=True):
+        (parts.criterion(parts.model(inputs), targets) * (len(inputs) / 6)).backward()
+    second.step()
+    for name, layer in first.curvature().items():
+        assert truth.relative_error(second.curvature()[name].A, layer.A) < 1e-9, name
+        assert truth.relative_error(second.curvature()[name].G, layer.G) < 1e-9, name
+
+
 # Where the batch is
 
 
@@ -414,6 +429,29 @@ def test_a_table_of_positions_trains_its_neighbours_alike(once: bool, optimizer:
     for name in ("mix.weight", "mix.bias", "head.weight", "head.bias"):
         assert truth.relative_error(moves[name], expected[name]) < 1e-9, name
     assert moves["positions.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("fisher", "samples"),
+    [
+        pytest.param(
+            "exact",
+            1,
+            marks=pytest.mark.xfail(
+                strict=True, reason="the same vector for all examples adds up in what they share: N times too much"
+            ),
+        ),
+        ("sampled", 1000),
+    ],
+)
+@pytest.mark.parametrize("loss", ["ce-mean", "mse-mean"])
+def test_the_block_of_a_table_of_positions_has_the_exact_trace(fisher: str, samples: int, loss: str) -> None:
+    case = LayerCase("positioned", lambda: Positioned(True), numbers(24, 3, 4), LOSSES[loss])
+    problem = case.make()
+    exact = truth.ggn(problem, [problem.model.get_parameter("positions.weight")]).trace()
+    used = truth.start(KFAC, problem, damping=1.0, lr=0.0, fisher=fisher, fisher_samples=samples)
+    truth.step(used, problem)
+    assert block_trace(used.curvature()["positions"]) == pytest.approx(float(exact), rel=0.2)
 
 
 class BatchSecond(nn.Module):
