@@ -10,6 +10,7 @@ import ground_truth as truth
 import pytest
 import torch
 from cases import BY_NAME, LOSSES, Case, Problem, mlp
+from layer_cases import LayerCase, Mean, numbers, tokens
 from torch import Tensor, nn
 
 from kfac import EKFAC, GKFAC, KFAC
@@ -64,25 +65,118 @@ def test_the_reduction_ratio_is_one_on_a_quadratic(optimizer: Any, tuned: bool) 
         assert ratio == pytest.approx(1, abs=1e-6)
 
 
+class Language(nn.Module):
+    """Tokens to logits with one table at both ends, a norm between: blocks with cross terms of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.norm = nn.Embedding(6, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.decode = nn.Linear(4, 6, bias=False)
+        self.decode.weight = self.embed.weight
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.decode(torch.tanh(self.norm(self.mix(self.embed(value))))).movedim(-1, 1)
+
+
+NETS: dict[str, Any] = {
+    "mlp": DEEP,
+    "tied": LayerCase("tied", Language, tokens(6, 5, 2), LOSSES["ce-mean"]),
+    "tokens": LayerCase(
+        "tokens",
+        lambda: nn.Sequential(nn.Embedding(6, 4), nn.RMSNorm(4), nn.Linear(4, 5), nn.Tanh(), Mean(), nn.Linear(5, 3)),
+        tokens(6, 8, 3),
+        LOSSES["ce-mean"],
+    ),
+    "images": LayerCase(
+        "images",
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, groups=2),
+            nn.GroupNorm(2, 4),
+            nn.Tanh(),
+            nn.ConvTranspose2d(4, 2, 2, stride=2, bias=False),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(48, 3),
+        ),
+        numbers(6, 2, 2, 3),
+        LOSSES["bce-mean"],
+    ),
+}
+
+
 @OPTIMIZERS
-@TUNING
-def test_the_reduction_ratio_is_what_happened_over_what_was_promised(optimizer: Any, tuned: bool) -> None:
-    """Against the dense Gauss-Newton matrix over all parameters, on a net where it is not one."""
-    problem = DEEP.make()
-    used = build(optimizer, problem, tuned)
-    for _ in range(12):
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [
+        *((net, {"tuned": tuned}) for net in NETS for tuned in (False, True)),
+        ("tokens", {"sharing": "reduce"}),
+        ("images", {"sharing": "reduce"}),
+        ("tokens", {"max_factor_size": 3}),
+    ],
+    ids=str,
+)
+def test_the_reduction_ratio_is_what_happened_over_what_was_promised(
+    optimizer: Any, net: str, options: dict[str, Any]
+) -> None:
+    """Against the dense Gauss-Newton matrix over all parameters: the model has every cross term between layers,
+    whatever the preconditioner makes of them."""
+    problem = NETS[net].make()
+    used = build(optimizer, problem, **options)
+    for _ in range(6):
         start, before = problem.copy(), weights(problem)
         turn(used, problem)
-        if "reduction_ratio" not in used.stats:
+        if "reduction_ratio" not in used.stats or float(used.stats["rejected"]):
             continue
         parameters = list(start.model.parameters())
         slope, bend = truth.gradient(start, parameters), truth.ggn(start, parameters)
         step = weights(problem) - before
-        if not step.any():
-            continue
         promised = float(slope @ step + 0.5 * step @ bend @ step)
         happened = float(problem.loss().detach() - start.loss().detach())
         assert float(used.stats["reduction_ratio"]) == pytest.approx(happened / promised, rel=1e-6)
+        break
+    else:
+        raise AssertionError("no step was kept: the test shows nothing")
+
+
+class BatchSecond(nn.Module):
+    """Layers on [T, N, d], as attention and recurrent nets have it by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(value.transpose(0, 1)))).mean(0)
+
+
+@pytest.mark.xfail(strict=True, reason="where no layer sees the batch first, positions are taken for examples")
+@OPTIMIZERS
+def test_the_model_knows_the_examples_where_the_batch_is_the_second_dimension(optimizer: Any) -> None:
+    """The network's output says how many examples there are."""
+    problem = LayerCase("batch-second", BatchSecond, numbers(6, 4, 4), LOSSES["ce-mean"]).make()
+    used, start, before = build(optimizer, problem), problem.copy(), weights(problem)
+    turn(used, problem)
+    assert float(used.stats["rejected"]) == 0
+    parameters = list(start.model.parameters())
+    slope, bend = truth.gradient(start, parameters), truth.ggn(start, parameters)
+    step = weights(problem) - before
+    promised = float(slope @ step + 0.5 * step @ bend @ step)
+    happened = float(problem.loss().detach() - start.loss().detach())
+    assert float(used.stats["reduction_ratio"]) == pytest.approx(happened / promised, rel=1e-6)
+
+
+@pytest.mark.xfail(strict=True, reason="0 / 0 counts as a bad model: the damping rises at a minimum")
+@OPTIMIZERS
+def test_at_a_minimum_nothing_moves_and_the_damping_stays(optimizer: Any) -> None:
+    """Nothing promised and nothing gained is no sign of a bad model."""
+    problem = QUADRATIC.make()
+    problem.targets = problem.model(problem.inputs).detach()
+    used = build(optimizer, problem)
+    for _ in range(11):
+        before = weights(problem)
+        turn(used, problem)
+        assert torch.equal(weights(problem), before)
+        assert float(used.stats["damping"]) <= 0.3 * (1 + 1e-6)
 
 
 @OPTIMIZERS

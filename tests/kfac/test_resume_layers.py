@@ -81,9 +81,8 @@ def weights(problem: Problem) -> Tensor:
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("setting", list(SETTINGS))
+@pytest.mark.parametrize(("setting", "steps"), [("self-tuning", 6), ("fixed", 1), ("fixed", 4), ("reduced", 3)])
 @pytest.mark.parametrize("net", list(NETS))
-@pytest.mark.parametrize("steps", [1, 6])
 def test_saved_and_loaded_training_goes_on_bit_for_bit(
     optimizer: str, setting: str, net: str, steps: int, tmp_path: Path
 ) -> None:
@@ -122,7 +121,7 @@ torch.save(weights(problem), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("optimizer", ["KFAC", "GKFAC"])
+@pytest.mark.parametrize("optimizer", ["GKFAC"])
 def test_training_goes_on_bit_for_bit_in_a_new_process(optimizer: str, tmp_path: Path) -> None:
     names = ("tied", optimizer, "self-tuning")
     problem, used = make(*names)
