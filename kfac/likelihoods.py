@@ -227,7 +227,7 @@ class CrossEntropy:
         self.smoothing: float = getattr(criterion, "label_smoothing", 0.0)
 
     def outputs(self, output: Tensor) -> int:
-        return _per_example(output)
+        return _per_example(_classes_last(output))
 
     def terms(self, output: Tensor) -> int:
         return _classes_last(output)[..., 0].numel()
@@ -321,7 +321,8 @@ class LogProbabilities(CrossEntropy):
     """A categorical distribution by its log-probabilities f = log p. Criterion `nn.NLLLoss`.
 
     l = -f_y is linear in f, so its own Hessian is 0: H is the Fisher information E e_y e_y^T = diag(p). Behind a
-    log-softmax this makes the curvature of `nn.CrossEntropyLoss` on what the log-softmax was given.
+    log-softmax this makes the curvature of `nn.CrossEntropyLoss` on what the log-softmax was given. Drawn vectors -e_y
+    have mean -p, which nothing that keeps sum_k exp(f_k) = 1 lets through: positions stay independent.
     """
 
     def _column(self, scaled: Tensor, probability: Tensor, k: int) -> Tensor:
