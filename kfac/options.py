@@ -37,6 +37,8 @@ class Options(TypedDict, total=False):
 
 FISHERS = ("auto", "exact", "sampled", "empirical")
 SHARINGS = ("expand", "reduce")
+COARSE_SPACES = ("krylov", "constant", "residual", "spectral", "history")
+COMBINATIONS = ("deflated", "additive", "balanced")
 
 
 def _number(value: Any) -> bool:
@@ -92,8 +94,8 @@ _RANGES: dict[str, _Range] = {
     "adapt_damping": (lambda v: isinstance(v, bool), "True or False"),
     "method": (lambda v: v in ("kfac", "ekfac", "gkfac"), "one of kfac, ekfac, gkfac"),
     "solver": (lambda v: v in ("cholesky", "eigh"), "one of cholesky, eigh"),
-    "coarse_space": (lambda v: v in ("krylov", "constant"), "one of krylov, constant"),
-    "combination": (lambda v: v in ("deflated", "additive"), "one of deflated, additive"),
+    "coarse_space": (lambda v: v in COARSE_SPACES, "one of " + ", ".join(COARSE_SPACES)),
+    "combination": (lambda v: v in COMBINATIONS, "one of " + ", ".join(COMBINATIONS)),
     "coarse_fisher": (lambda v: v in ("exact", "kronecker"), "one of exact, kronecker"),
 }  # fmt: skip
 

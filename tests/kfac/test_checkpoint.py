@@ -121,7 +121,7 @@ def test_a_recomputation_that_stops_early_leaves_buffers_alone() -> None:
     for own, other in zip(problem.model.buffers(), alone.model.buffers(), strict=True):
         assert torch.equal(own, other)
     used.step()
-    assert set(used.curvature()) == {"0", "2"}
+    assert set(used.curvature()) == {"0", "1", "2"}
 
 
 @OPTIMIZERS
@@ -180,7 +180,7 @@ def test_layers_without_a_gradient_beside_recomputed_ones_are_no_mistake(target_
     with torch.no_grad():
         problem.loss()
     used.step()
-    assert set(used.curvature()) == {"trunk.0", "trunk.1", "head"}
+    assert set(used.curvature()) == {"trunk.0", "head"}
 
 
 def test_checkpoint_sequential() -> None:

@@ -219,7 +219,7 @@ def test_a_preconditioner_in_front_of_another_optimizer() -> None:
         problem.criterion(model(problem.inputs), problem.targets).backward()
         preconditioner.step()
         sgd.step()
-    assert backend.runs == 2 and len(preconditioner.curvature()) == 2
+    assert backend.runs == 2 and len(preconditioner.curvature()) == 3
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. statistics were due")

@@ -400,7 +400,8 @@ def test_groups_of_norms_and_embeddings_too() -> None:
     same(plain, found, ("1.weight", "1.bias", "5.weight", "5.bias"))
     same(plain, found, ("0.weight",), 0.2)
     assert not found["2.weight"].any() and not found["2.bias"].any() and plain["2.weight"].any()
-    expected = layers.newton(case.make(), case.make().model.get_submodule("2"), 0.1)
+    problem = case.make()
+    expected = layers.newton(problem, problem.model.get_submodule("2"), 0.1)
     assert truth.relative_error(truth.block_move(plain, "2"), 0.1 * expected) < 1e-8
 
 
