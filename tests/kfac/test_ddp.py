@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac import EKFAC, GKFAC, KFAC
 from kfac.distributed import sum_over_ranks
-from kfac.losses import SquaredError
+from kfac.likelihoods import SquaredError
 
 OPTIMIZERS = {"KFAC": KFAC, "EKFAC": EKFAC, "GKFAC": GKFAC}
 RULES: dict[str, dict[str, Any]] = {
