@@ -11,8 +11,8 @@ Vectors are lists of blocks [K, d_out, d_in]. Coarse vectors are stacked layer b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,51 +20,57 @@ from torch.nn import functional as F
 
 from . import linalg
 from .layers import Block
+from .quadratic import dot
 from .rows import Rows, row_products, row_sums, row_times
-
-if TYPE_CHECKING:
-    from .curvature import Curvature
 
 Layers = Sequence[tuple[Tensor, Tensor] | None]  # for each layer rows a [K, N, T, d_in] and g [K, M, N, T, d_out]
 
 
 class Model:
-    """F + damping I over some blocks, by the rows of a statistics step (of all ranks)."""
+    """F + damping I over some blocks, by the rows of a statistics step.
 
-    def __init__(self, curvature: Curvature, blocks: list[Block], kept: Sequence[Rows]):
-        self.blocks = blocks
-        self.dampings = [curvature.dampings[block] for block in blocks]
-        self.sizes = [torch.Size(block.shape).numel() for block in blocks]
-        self._sum = curvature.sum_over_ranks
-        layers = [[part.layers.get(block) for block in blocks] for part in kept]
-        self.parts = [part for part in layers if any(layer is not None for layer in part)]
+    Args:
+        kept: the rows, weighted so that those of several batches add up.
+        dampings: of each block, in the order of all lists of blocks here.
+        sum_over_ranks: tensors summed over all processes that have rows.
+    """
+
+    def __init__(
+        self,
+        kept: Sequence[Rows],
+        dampings: dict[Block, Tensor],
+        sum_over_ranks: Callable[[Sequence[Tensor]], list[Tensor]],
+    ):
+        self.blocks, self.dampings = list(dampings), list(dampings.values())
+        self.sizes = [torch.Size(block.shape).numel() for block in self.blocks]
+        self._sum = sum_over_ranks
+        layers = [[part.layers.get(block) for block in self.blocks] for part in kept]
+        self._parts: list[Layers] = [part for part in layers if any(layer is not None for layer in part)]
 
     def products(self, spaces: Sequence[Tensor]) -> list[Tensor]:
-        """For each part S [M * N, L * I], the inner products of every row with every coarse vector."""
-        return [products(layers, spaces) for layers in self.parts]
+        """For each part of the rows S [M * N, L * I], the inner products of every row with every coarse vector."""
+        return [products(layers, spaces) for layers in self._parts]
 
     def constant_products(self) -> list[Tensor]:
         """The same for the constant vectors, cheaper."""
-        return [constant_products(layers, self.sizes) for layers in self.parts]
+        return [constant_products(layers, self.sizes) for layers in self._parts]
 
-    def fisher(self, matrices: Sequence[Tensor]) -> Tensor:
-        """F0 = S^T S [L * I, L * I]."""
-        return self._sum([torch.stack([s.T @ s for s in matrices]).sum(0)])[0]
+    def gram(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        """V^T F W [C, C'] from the products of all rows with V [M * N, C] and with W [M * N, C']."""
+        return self._sum([torch.stack([s.T @ t for s, t in zip(left, right, strict=True)]).sum(0)])[0]
 
-    def times(self, vectors: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
-        """(F + damping I) v, from the products of all rows with the blocks of v (their sum over columns counts)."""
-        curved = [torch.zeros_like(v) for v in vectors]
-        for layers, s in zip(self.parts, matrices, strict=True):
-            curved = total(curved, curvature_times(layers, vectors, s.sum(1)))
-        return [c + damping * v for c, damping, v in zip(self._sum(curved), self.dampings, vectors, strict=True)]
+    def times(self, vectors: Sequence[Tensor], s: Sequence[Tensor]) -> list[Tensor]:
+        """(F + damping I) v, from the products [M * N, 1] of all rows with v."""
+        images = (curvature_times(*part, vectors) for part in zip(self._parts, s, strict=True))
+        curved = self._sum(functools.reduce(total, images))
+        return [torch.addcmul(c, d, v) for c, d, v in zip(curved, self.dampings, vectors, strict=True)]
 
 
 def products(layers: Layers, spaces: Sequence[Tensor]) -> Tensor:
     """S [M * N, L * I]: the inner product of every curvature row with every coarse vector."""
-    width = spaces[0].shape[0]
-    count = next(g.shape[1] * g.shape[2] for _, g in filter(None, layers))
+    count = _count(layers)
     columns = [
-        spaces[0].new_zeros(count, width) if layer is None else row_products(*layer, space)
+        spaces[0].new_zeros(count, len(space)) if layer is None else row_products(*layer, space)
         for layer, space in zip(layers, spaces, strict=True)
     ]
     return torch.cat(columns, dim=1)
@@ -72,9 +78,9 @@ def products(layers: Layers, spaces: Sequence[Tensor]) -> Tensor:
 
 def constant_products(layers: Layers, sizes: Sequence[int]) -> Tensor:
     """S [M * N, L] for the constant vectors ones / sqrt(size): (1^T a)(1^T g) summed over positions."""
-    like = next(g for _, g in filter(None, layers))
+    count, like = _count(layers), _like(layers)
     columns = [
-        like.new_zeros(like.shape[1] * like.shape[2])
+        like.new_zeros(count)
         if layer is None
         else torch.einsum("knt,kmnt->mn", *row_sums(*layer)).reshape(-1) / size**0.5
         for layer, size in zip(layers, sizes, strict=True)
@@ -82,50 +88,80 @@ def constant_products(layers: Layers, sizes: Sequence[int]) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def kronecker_sums(layers: Layers) -> tuple[Tensor, Tensor]:
-    """Cross-layer sums of factors, sum(A_ij) and sum(G_ij), each [L, L] (arXiv 2011.00573, section 3.2).
+def kronecker_sums(layers: Layers, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the cross-layer factors, for the constant vectors ones / sqrt(size) (arXiv 2011.00573, section 3.2).
 
     An example's positions are averaged in A and summed in G, which needs no down-sampling between layers of
     different T.
+
+    Returns:
+        [L, L] the sum over examples of what sum(A_ij) is the mean of, how many examples that is, and
+        [L, L] sum(G_ij) / sqrt(size_i size_j).
     """
-    first = next(g for _, g in filter(None, layers))
-    m, n = first.shape[1:3]
+    like = _like(layers)
+    m, n = like.shape[1:3]
     sums = [None if x is None else row_sums(*x) for x in layers]
-    sums_a = [first.new_zeros(n) if x is None else x[0].mean((0, 2)) for x in sums]
-    sums_g = [first.new_zeros(m * n) if x is None else x[1].sum((0, 3)).reshape(-1) for x in sums]
+    sums_a = [like.new_zeros(n) if x is None else x[0].mean((0, 2)) for x in sums]
+    sums_g = [
+        like.new_zeros(m * n) if x is None else x[1].sum((0, 3)).reshape(-1) / size**0.5
+        for x, size in zip(sums, sizes, strict=True)
+    ]
     a, g = torch.stack(sums_a, dim=1), torch.stack(sums_g, dim=1)
-    return a.T @ a / n, g.T @ g
+    return a.T @ a, torch.full_like(a[0, 0], n), g.T @ g
 
 
-def curvature_times(layers: Layers, vectors: Sequence[Tensor], s: Tensor) -> list[Tensor]:
-    """F x for a vector given by its blocks: sum_n s_n g_n a_n^T with s_n = sum_l <g_n, x_l a_n>, [M * N]."""
+def _like(layers: Layers) -> Tensor:
+    """g of a layer that has rows."""
+    return next(g for _, g in filter(None, layers))
+
+
+def _count(layers: Layers) -> int:
+    """M * N, the number of rows of every layer."""
+    return _like(layers).shape[1:3].numel()
+
+
+def curvature_times(layers: Layers, s: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
+    """F x for a vector given by its blocks: sum_n s_n g_n a_n^T with s_n = sum_l <g_n, x_l a_n>, [M * N, 1]."""
     return [
-        torch.zeros_like(x) if layer is None else row_times(*layer, s, x.shape[-1])
+        torch.zeros_like(x) if layer is None else row_times(*layer, s[:, 0], x.shape[-1])
         for layer, x in zip(layers, vectors, strict=True)
     ]
 
 
-def extreme_eigenvectors(a: Tensor, g: Tensor) -> Tensor:
-    """Eigenvectors of G (x) A with the largest and the smallest eigenvalue, of norm 1: [2, K, d_out, d_in].
+def leading_eigenvectors(
+    a: Tensor, g: Tensor, basis_a: Tensor | None = None, basis_g: Tensor | None = None, count: int = 2
+) -> Tensor:
+    """Eigenvectors of G (x) A with the largest eigenvalues, of norm 1: [count, K, d_out, d_in].
 
-    Over K groups they are those of every group together. Where eigenvectors do not converge they are zero.
+    Over K groups they are those of every group together. Where there are fewer, or they do not converge, they are zero.
+
+    Args:
+        a, g: factors [K, d, d], or diagonals [K, d].
+        basis_a, basis_g: their eigenvectors in ascending order, where those are known.
     """
+    k, d_out, d_in = a.shape[0], g.shape[-1], a.shape[-1]
+    found = a.new_zeros(count, k, d_out, d_in)
     try:
-        (low_a, high_a), (low_g, high_g) = _extremes(a), _extremes(g)
+        (values_a, vectors_a), (values_g, vectors_g) = _leading(a, basis_a, count), _leading(g, basis_g, count)
     except torch.linalg.LinAlgError:
-        return a.new_zeros(2, a.shape[0], g.shape[-1], a.shape[-1])
-    pairs = [high_g[:, :, None] * high_a[:, None], low_g[:, :, None] * low_a[:, None]]
-    return torch.stack(pairs) / a.shape[0] ** 0.5
+        return found
+    pairs = (values_g[:, :, None] * values_a[:, None]).flatten(1)
+    index = pairs.topk(min(count, pairs.shape[1])).indices[..., None]
+    chosen_g = vectors_g.take_along_dim(index // values_a.shape[1], 1)
+    chosen_a = vectors_a.take_along_dim(index % values_a.shape[1], 1)
+    found[: index.shape[1]] = (chosen_g[..., None] * chosen_a[:, :, None]).movedim(1, 0) / k**0.5
+    return found
 
 
-def _extremes(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors [K, d] of a factor with its smallest and its largest eigenvalue."""
-    values, vectors = linalg.eigenbasis(factor)
-    if vectors is None:
-        ends = values.argmin(-1), values.argmax(-1)
-        low, high = (F.one_hot(end, values.shape[-1]).to(values.dtype) for end in ends)
-        return low, high
-    return vectors[..., 0], vectors[..., -1]
+def _leading(factor: Tensor, basis: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues [K, c] of a factor and their eigenvectors [K, c, d], c = min(count, d)."""
+    if factor.dim() == 2:
+        values, index = factor.topk(min(count, factor.shape[1]))
+        return values, F.one_hot(index, factor.shape[1]).to(factor.dtype)
+    _, known = linalg.eigenbasis(factor) if basis is None else (None, basis)
+    assert known is not None
+    vectors = known[..., -count:].mT
+    return ((vectors @ factor) * vectors).sum(-1), vectors
 
 
 def block_gram(spaces: Sequence[Tensor], dampings: Sequence[Tensor]) -> Tensor:
@@ -134,9 +170,10 @@ def block_gram(spaces: Sequence[Tensor], dampings: Sequence[Tensor]) -> Tensor:
     return torch.block_diag(*[damping * (rows @ rows.T) for rows, damping in zip(flat, dampings, strict=True)])
 
 
-def restrict(spaces: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
-    """R0 v [L * I]."""
-    return torch.cat([space.flatten(1) @ v.flatten() for space, v in zip(spaces, vectors, strict=True)])
+def restrict(spaces: Sequence[Tensor], vectors: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
+    """R0 v [L * I], or R0 diag(weights) v with a number for each layer."""
+    products = [space.flatten(1) @ v.flatten() for space, v in zip(spaces, vectors, strict=True)]
+    return torch.cat([w * p for w, p in zip(weights, products, strict=True)] if weights else products)
 
 
 def prolong(spaces: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
@@ -150,7 +187,8 @@ def solve(coarse_curvature: Tensor, right_side: Tensor) -> Tensor:
 
     Directions that coincide share their part, and directions that vanish have none.
     """
-    e, b = coarse_curvature.double(), right_side.double()
+    exact = torch.float64 if coarse_curvature.device.type != "mps" else coarse_curvature.dtype
+    e, b = coarse_curvature.to(exact), right_side.to(exact)
     scale = e.diagonal().clamp_min(torch.finfo(e.dtype).tiny).rsqrt()
     # Rounding of the entries, made in the working precision, bounds how far apart two directions can be told.
     jitter = len(b) * torch.finfo(coarse_curvature.dtype).eps
@@ -170,6 +208,7 @@ def difference(u: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
     return [x - y for x, y in zip(u, v, strict=True)]
 
 
-def inner(u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
-    """<u, v> over all blocks."""
-    return torch.stack([(x * y).sum() for x, y in zip(u, v, strict=True)]).sum()
+def inner(u: Sequence[Tensor], v: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
+    """<u, v> over all blocks, or <u, diag(weights) v> with a number for each layer."""
+    products = [dot(x, y) for x, y in zip(u, v, strict=True)]
+    return torch.stack([w * p for w, p in zip(weights, products, strict=True)] if weights else products).sum()

@@ -52,11 +52,13 @@ class Collector:
         self.weights: list[Tensor] = []
         self.shares: dict[int, Tensor] = {}  # what each forward pass has in the loss; auxiliary terms have none
         self.losses: list[Tensor] = []
-        self._totals: Tensor | None = None  # over all ranks: of the shares, how many there are, of weights times losses
+        self.floors: list[Tensor] = []  # the smallest value that each loss could have taken
+        # Over all ranks: of the shares, how many there are, of weights times losses, of weights times floors.
+        self._totals: Tensor | None = None
 
     def norm(self) -> Tensor:
         """What weights are divided by, so that 1/k and an AMP scale drop out: their sum, or their mean for "sum"."""
-        shares, count, _ = self._sums_of_weights() if self._totals is None else self._totals.unbind()
+        shares, count, *_ = self._sums_of_weights() if self._totals is None else self._totals.unbind()
         return shares if self.mean else shares / count
 
     def loss(self) -> Tensor:
@@ -65,18 +67,21 @@ class Collector:
 
     def room(self) -> Tensor | None:
         """How far the loss is above the smallest value that it can take, where it has one."""
-        floor = self.curvature.floor
-        return None if floor is None else (self.loss() - floor).clamp_min(0)
+        if not losses.has_floor(self.curvature):
+            return None
+        sums = self._sums_of_weights() if self._totals is None else self._totals
+        return ((sums[2] - sums[3]) / self.norm()).clamp_min(0)
 
     def _sums_of_weights(self) -> Tensor:
         shares = torch.stack(list(self.shares.values()) or self.weights)
-        values = [weight * value for weight, value in zip(self.weights, self.losses, strict=False)]
-        value = torch.stack(values).sum() if values else torch.zeros_like(shares[0])
-        return torch.stack([shares.sum(), torch.full_like(value, len(shares)), value])
+        zero = torch.zeros_like(shares[0])
+        value = sum((weight * value for weight, value in zip(self.weights, self.losses, strict=False)), zero)
+        floor = sum((weight * floor for weight, floor in zip(self.weights, self.floors, strict=False)), zero)
+        return torch.stack([shares.sum(), torch.full_like(zero, len(shares)), value, floor])
 
     def values(self) -> list[Tensor]:
         """What has to be finite beside the statistics."""
-        return self.losses if self._totals is None else [self._totals]
+        return self.losses if self._totals is None else [self._totals[:3]]  # a floor may be -inf
 
     def share(self, group: Any) -> None:
         """Sum over the ranks of a process group, each of which has called the same layers; alone without a group."""
@@ -132,6 +137,10 @@ class Collector:
             self.shares[batch.forward] = self.shares.get(batch.forward, 0) + weight
         if batch.loss is not None:
             self.losses.append(batch.loss.to(dtype))
+            floor = losses.floor_of(self.curvature, output, target)
+            self.floors.append(
+                floor.to(dtype) if isinstance(floor, Tensor) else weight.new_full((), 0.0 if floor is None else floor)
+            )
         if factor_rows is not None:
             mask = self.curvature.mask(output, target) if hasattr(self.curvature, "mask") else None
             self._accumulate(factor_rows, mask)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from . import coarse, factors
-from .kfac import KroneckerMethod
+from .kfac import KroneckerMethod, bases_of
 from .layers import Block
 from .optimizer import KroneckerOptimizer
 from .options import Options, check_names, check_options
-from .rows import Rows, quarter
+from .rows import MODEL_ROWS, Rows
 from .state import BlockState
 
 if TYPE_CHECKING:
     from .curvature import Curvature
+
+LARGEST_STRIDE = 4  # of so many examples in a row at least one has a part in the coarse curvature
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class TwoLevelMethod(KroneckerMethod):
@@ -38,158 +42,221 @@ class TwoLevelMethod(KroneckerMethod):
             raise ValueError(f"coarse_fisher='kronecker' with coarse_space={coarse_space!r}; allowed: 'constant'")
         self.coarse_space, self.combination, self.coarse_fisher = coarse_space, combination, coarse_fisher
         self._kept: list[Rows] = []
-        self._usable = torch.ones((), dtype=torch.bool)
-        self._sums: dict[str, Tensor] = {}
-        self._last: dict[Block, Tensor] = {}
+        self._usable = torch.ones((), dtype=torch.bool)  # whether the rows are finite
+        self._sums: dict[str, Tensor] = {}  # of the Kronecker form: averages over all blocks, and their count
+        self._places: dict[Block, Tensor] = {}  # history: where layers were at the last call
+        self._moves: dict[Block, Tensor] = {}  # history: and their last movements
+        self._fixed: tuple[list[Block], list[Tensor], list[Tensor]] | None = None
 
     def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
         failed = super().refresh(block, state, damping)
         if self.coarse_space == "spectral":
-            state.solver["extremes"] = coarse.extreme_eigenvectors(state.A, state.G)
+            state.solver["leading"] = coarse.leading_eigenvectors(state.A, state.G, *bases_of(state))
+            self._fixed = None
         return failed
 
     def after_statistics(self, curvature: Curvature, rows: list[Rows], finite: Tensor) -> None:
-        rows = [quarter(part) for part in rows]
-        if finite.device.type != "cpu":  # there a step that is skipped comes this far
-            rows = [Rows({b: _zero(*ag, finite) for b, ag in part.layers.items()}, part.weight) for part in rows]
-        self._kept, self._usable = rows, finite
+        self._kept, self._usable, self._fixed = _thinned(rows, finite), finite, None
         if self.coarse_fisher == "kronecker":
-            parts = [coarse.kronecker_sums([part.layers.get(b) for b in curvature.blocks]) for part in rows]
-            new_a = torch.stack([a for a, _ in parts]).mean(0)
-            new_g = torch.stack([g for _, g in parts]).sum(0)
-            new_a, new_g, ranks = curvature.sum_over_ranks([new_a, new_g, torch.ones_like(new_a[0, 0])])
-            if not self._sums:
-                count = torch.zeros_like(ranks)
-                self._sums = {"a": torch.zeros_like(new_a), "g": torch.zeros_like(new_g), "count": count}
-            self._sums["count"] += finite
-            factors.update_average(self._sums["a"], new_a / ranks, self._sums["count"], curvature.stat_decay, finite)
-            factors.update_average(self._sums["g"], new_g, self._sums["count"], curvature.stat_decay, finite)
+            self._average_sums(curvature, finite)
+
+    def _average_sums(self, curvature: Curvature, finite: Tensor) -> None:
+        sizes = [torch.Size(block.shape).numel() if block.initialised() else 1 for block in curvature.blocks]
+        parts = [
+            coarse.kronecker_sums([part.layers.get(block) for block in curvature.blocks], sizes) for part in self._kept
+        ]
+        sum_a, count, new_g = curvature.sum_over_ranks([torch.stack(x).sum(0) for x in zip(*parts, strict=True)])
+        if not self._sums:
+            self._sums = {"a": torch.zeros_like(sum_a), "g": torch.zeros_like(new_g), "count": torch.zeros_like(count)}
+        self._sums["count"] += finite
+        for name, new in (("a", sum_a / count), ("g", new_g)):
+            factors.update_average(self._sums[name], new, self._sums["count"], curvature.stat_decay, finite)
 
     def directions(self, curvature: Curvature, blocks: list[Block], gradients: list[Tensor]) -> list[Tensor]:
-        solution = self._corrected(curvature, blocks, gradients)
+        solution = super().directions(curvature, blocks, gradients)
         if self.coarse_space == "history":
-            for block, new in zip(blocks, solution, strict=True):
-                last = self._last.get(block, torch.zeros_like(new))
-                self._last[block] = torch.where(new.isfinite().all(), new, last)
+            self._follow(blocks)
+        # A layer without rows at the last statistics step would seem to have no curvature: K-FAC alone serves it.
+        seen = [i for i, block in enumerate(blocks) if any(block in part.layers for part in self._kept)]
+        if seen:
+            dampings = {blocks[i]: curvature.dampings[blocks[i]] for i in seen}
+            model = coarse.Model(self._kept, dampings, curvature.sum_over_ranks)
+            two_level = self._two_level(curvature, model, [gradients[i] for i in seen], [solution[i] for i in seen])
+            for i, new in zip(seen, two_level, strict=True):
+                solution[i] = new
         return solution
 
-    def _corrected(self, curvature: Curvature, blocks: list[Block], gradients: list[Tensor]) -> list[Tensor]:
-        x = super().directions(curvature, blocks, gradients)
-        model = coarse.Model(curvature, blocks, self._kept)
-        if not model.parts:
-            return x
-        of_x = model.products([v[None] for v in x])
-        curved = model.times(x, of_x)
-        residual = coarse.difference(gradients, curved)
-        spaces, products = self._space(curvature, model, x, of_x, curved, residual)
-        if self.coarse_fisher == "kronecker":
-            fisher = self._kronecker_fisher(curvature, blocks, spaces)
-        else:
-            fisher = model.fisher(products)
-        system = coarse.block_gram(spaces, model.dampings) + fisher
+    def _follow(self, blocks: list[Block]) -> None:
+        """Note how layers moved since the last call; where one did not, its last movement stays."""
+        for block in blocks:
+            place = block.matrix(block.parameters).clone()
+            if block in self._places:
+                move = place - self._places[block]
+                self._moves[block] = torch.where(move.any(), move, self._moves.get(block, move))
+            self._places[block] = place
 
-        def solve(right_side: list[Tensor]) -> Tensor:
-            return torch.where(self._usable, coarse.solve(system, coarse.restrict(spaces, right_side)), 0.0)
+    def _two_level(
+        self, curvature: Curvature, model: coarse.Model, gradients: list[Tensor], x: list[Tensor]
+    ) -> list[Tensor]:
+        """The combination of x = K^-1 g and the coarse solve; C stands for F + damping I."""
+        of_layers = model.products([v[None] for v in x])
+        of_x = [s.sum(1, keepdim=True) for s in of_layers]
+        spaces, products = self._space(curvature, model, gradients, x, of_layers)
+        gram = model.gram(products, [torch.cat(pair, dim=1) for pair in zip(products, of_x, strict=True)])
+        damping = coarse.block_gram(spaces, model.dampings)
+        exact = damping + gram[:, :-1]
+        restricted = coarse.restrict(spaces, gradients)
+        residual = restricted - gram[:, -1] - coarse.restrict(spaces, x, model.dampings)  # R0 (g - C x)
+        system = exact if self.coarse_fisher == "exact" else damping + self._kronecker_fisher(curvature, model)
 
-        if self.combination == "balanced":  # Q g + P^T K^-1 P g with P = I - (F + damping) Q
-            y = solve(gradients)
-            coarse_part = coarse.prolong(spaces, y)
-            deflated = coarse.difference(gradients, model.times(coarse_part, [s @ y[:, None] for s in products]))
-            z = super().directions(curvature, blocks, deflated)
-            y = y - solve(model.times(z, model.products([v[None] for v in z])))
+        def solve(right_side: Tensor) -> Tensor:
+            return torch.where(self._usable, coarse.solve(system, right_side), 0.0)
+
+        if self.combination != "balanced":
+            y = solve(residual if self.combination == "deflated" else restricted)
+            solution = coarse.total(x, coarse.prolong(spaces, y))
+            bent = exact @ y
+            gain = residual @ y - 0.5 * y @ bent
+        else:  # Q g + P^T K^-1 P g with P = I - C Q
+            y = solve(restricted)
+            image = model.times(coarse.prolong(spaces, y), [s @ y[:, None] for s in products])
+            z = super().directions(curvature, model.blocks, coarse.difference(gradients, image))
+            of_z = [s.sum(1, keepdim=True) for s in model.products([v[None] for v in z])]
+            y = y - solve(model.gram(products, of_z)[:, 0] + coarse.restrict(spaces, z, model.dampings))
             solution = coarse.total(z, coarse.prolong(spaces, y))
             moved = coarse.difference(solution, x)
-            bent = coarse.difference(model.times(solution, model.products([v[None] for v in solution])), curved)
-            gain = coarse.inner(residual, moved) - 0.5 * coarse.inner(moved, bent)
-            left = coarse.restrict(spaces, coarse.difference(residual, bent))
-        else:
-            y = solve(residual if self.combination == "deflated" else gradients)
-            solution = coarse.total(x, coarse.prolong(spaces, y))
-            restricted = coarse.restrict(spaces, residual)
-            gain = restricted @ y - 0.5 * y @ system @ y
-            left = restricted - system @ y
-        size = coarse.restrict(spaces, residual).norm().clamp_min(torch.finfo(left.dtype).tiny)
-        curvature.stats |= {"coarse_gain": gain, "coarse_residual": left.norm() / size}
+            of_moved = [s + p @ y[:, None] - t for s, p, t in zip(of_z, products, of_x, strict=True)]
+            sides = [torch.cat(three, dim=1) for three in zip(products, of_x, of_moved, strict=True)]
+            *curved, along_x, along_moved = model.gram(sides, of_moved)[:, 0].split([len(y), 1, 1])
+            bent = curved[0] + coarse.restrict(spaces, moved, model.dampings)
+            slope = coarse.inner(gradients, moved) - along_x[0] - coarse.inner(x, moved, model.dampings)
+            gain = slope - 0.5 * (along_moved[0] + coarse.inner(moved, moved, model.dampings))
+        size = residual.norm().clamp_min(torch.finfo(residual.dtype).tiny)
+        curvature.stats |= {"coarse_gain": gain, "coarse_residual": (residual - bent).norm() / size}
         return solution
 
     def _space(
         self,
         curvature: Curvature,
         model: coarse.Model,
+        gradients: list[Tensor],
         x: list[Tensor],
         of_x: list[Tensor],
-        curved: list[Tensor],
-        residual: list[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The coarse vectors of each layer [I, K, d_out, d_in], and the products of all rows with them."""
-        if self.coarse_space == "krylov":
-            second = super().directions(curvature, model.blocks, curved)
-            of_second = model.products([v[None] for v in second])
-            # Columns layer by layer, as the spaces are: x_1, second_1, x_2, ...
-            products = [torch.stack(pair, dim=2).flatten(1) for pair in zip(of_x, of_second, strict=True)]
-            return [torch.stack(pair) for pair in zip(x, second, strict=True)], products
-        if self.coarse_space == "constant":
-            spaces = [torch.full_like(v, v.numel() ** -0.5)[None] for v in x]
-            return spaces, model.constant_products()
-        if self.coarse_space == "residual":
-            spaces = [v[None] for v in super().directions(curvature, model.blocks, residual)]
-        elif self.coarse_space == "spectral":
-            spaces = [curvature.states[block].solver["extremes"] for block in model.blocks]
-        else:
-            last = [self._last.get(block) for block in model.blocks]
-            spaces = [torch.zeros_like(v)[None] if z is None else z[None] for v, z in zip(x, last, strict=True)]
-        return spaces, model.products(spaces)
+        """The coarse vectors of each layer [I, K, d_out, d_in], and the products of all rows with them.
 
-    def _kronecker_fisher(self, curvature: Curvature, blocks: list[Block], spaces: list[Tensor]) -> Tensor:
-        order = torch.tensor([curvature.blocks.index(block) for block in blocks], device=spaces[0].device)
-        sums = (self._sums["a"] * self._sums["g"])[order][:, order]
-        root = torch.stack([space.flatten()[0] for space in spaces])
-        return sums * root[:, None] * root
+        `of_x` are the products of all rows with the blocks of x.
+        """
+        if self.coarse_space in ("constant", "spectral"):
+            return self._fixed_space(curvature, model, x)
+        if self.coarse_space == "history":
+            spaces = [self._moves.get(b, torch.zeros_like(v))[None] for b, v in zip(model.blocks, x, strict=True)]
+            return spaces, model.products(spaces)
+        curved = model.times(x, [s.sum(1, keepdim=True) for s in of_x])
+        if self.coarse_space == "residual":
+            residual = coarse.difference(gradients, curved)
+            spaces = [v[None] for v in super().directions(curvature, model.blocks, residual)]
+            return spaces, model.products(spaces)
+        second = super().directions(curvature, model.blocks, curved)
+        of_second = model.products([v[None] for v in second])
+        # Columns layer by layer, as the spaces are: x_1, second_1, x_2, ...
+        products = [torch.stack(pair, dim=2).flatten(1) for pair in zip(of_x, of_second, strict=True)]
+        return [torch.stack(pair) for pair in zip(x, second, strict=True)], products
+
+    def _fixed_space(
+        self, curvature: Curvature, model: coarse.Model, x: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The spaces that stay until new statistics or new factors come, and with them the products."""
+        if self._fixed is None or self._fixed[0] != model.blocks:
+            if self.coarse_space == "constant":
+                spaces = [v.new_full((), v.numel() ** -0.5).expand(1, *v.shape) for v in x]
+                products = model.constant_products()
+            else:
+                spaces = [curvature.states[block].solver["leading"] for block in model.blocks]
+                products = model.products(spaces)
+            self._fixed = model.blocks, spaces, products
+        return self._fixed[1:]
+
+    def _kronecker_fisher(self, curvature: Curvature, model: coarse.Model) -> Tensor:
+        sums = self._sums["a"] * self._sums["g"]
+        for _ in range(2):  # first of rows, then of columns, those of the model's blocks
+            sums = torch.stack([sums[curvature.blocks.index(block)] for block in model.blocks]).mT
+        return sums
 
     def save(self) -> dict[str, Any]:
-        kept = [{block.name: list(rows) for block, rows in part.layers.items()} for part in self._kept]
-        last = {block.name: direction for block, direction in self._last.items()}
-        return {"kept": kept, "sums": dict(self._sums), "last": last}
+        return {
+            "kept": [{block.name: list(rows) for block, rows in part.layers.items()} for part in self._kept],
+            "usable": self._usable,
+            "sums": dict(self._sums),
+            "places": {block.name: place for block, place in self._places.items()},
+            "moves": {block.name: move for block, move in self._moves.items()},
+        }
 
     def load(self, saved: dict[str, Any], blocks: dict[str, Block], device: torch.device) -> None:
         self._kept = [
-            Rows(
-                {blocks[name]: (a.to(device), g.to(device)) for name, (a, g) in part.items()},
-                torch.ones((), device=device),
-            )
+            Rows({blocks[name]: (a.to(device), g.to(device)) for name, (a, g) in part.items()}, torch.ones(()))
             for part in saved["kept"]
         ]
-        self._usable = torch.ones((), dtype=torch.bool, device=device)
+        self._usable = saved["usable"].to(device)
         self._sums = {name: value.to(device, copy=True) for name, value in saved["sums"].items()}
-        self._last = {blocks[name]: value.to(device, copy=True) for name, value in saved["last"].items()}
+        self._places = {blocks[name]: value.to(device) for name, value in saved["places"].items()}
+        self._moves = {blocks[name]: value.to(device) for name, value in saved["moves"].items()}
+        self._fixed = None
 
 
-def _zero(a: Tensor, g: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.where(finite, a, 0), torch.where(finite, g, 0.0)
+def _thinned(parts: list[Rows], finite: Tensor) -> list[Rows]:
+    """One example of every s in a row over all batches, scaled to stand for all; s <= 4, and `MODEL_ROWS` are left.
+
+    Which one follows the golden ratio, so that neither order nor period of the examples matters. Copies, since a user
+    may write into an input tensor again; zeros unless `finite`.
+    """
+    parts = [part for part in parts if part.layers]
+    sizes = [next(iter(part.layers.values()))[1].shape[2] for part in parts]
+    examples = sum(sizes)
+    stride = max(1, min(LARGEST_STRIDE, examples // MODEL_ROWS))
+    chosen = [first + int(i * GOLDEN_RATIO % 1 * stride) for i, first in enumerate(range(0, examples, stride))]
+    chosen = [i for i in chosen if i < examples]
+    scale = math.sqrt(examples / len(chosen))
+    thinned, start = [], 0
+    for part, size in zip(parts, sizes, strict=True):
+        own = torch.tensor([i - start for i in chosen if start <= i < start + size])
+        start += size
+        if len(own):
+            own = own.to(finite.device, non_blocking=True)
+            layers = {
+                block: (torch.where(finite, a[:, own], 0), torch.where(finite, g[:, :, own] * scale, 0.0))
+                for block, (a, g) in part.layers.items()
+            }
+            thinned.append(Rows(layers, part.weight))
+    return thinned
 
 
 class GKFAC(KroneckerOptimizer):
-    """Two-level K-FAC: x = K^-1 g and a correction by the coarse solve Q = R0^T E^-1 R0, E = R0 (F + damping I) R0^T.
+    """Two-level K-FAC: x = K^-1 g and a coarse solve Q = R0^T E^-1 R0, E = R0 C R0^T, C = F + damping I.
 
     Args:
         model, loss, solver, **options: see `KFAC` and `KroneckerOptimizer`.
         coarse_space: rows of R0, each within one layer, so that cross-layer curvature enters by E alone.
-            "krylov": the blocks of x and of K^-1 (F + damping I) x: a step size of each layer and a second Krylov
+            "krylov": in every layer the blocks of x and of K^-1 C x: a step size of each layer and a second Krylov
             vector.
             "constant": ones, the space of arXiv 2011.00573.
-            "residual": the blocks of K^-1 r with r = g - (F + damping I) x.
-            "spectral": eigenvectors of the layer's Kronecker block with its largest and smallest eigenvalue; costs the
-            eigenvectors of all factors at every renewal.
-            "history": the layer's last natural gradient.
-        combination: "deflated": x + Q (g - (F + damping I) x), the coarse solve on what is left of the residual.
-            "additive": x + Q g, as in arXiv 2011.00573. "balanced": Q g + P^T K^-1 P g with P = I - (F + damping I) Q,
-            symmetric; costs a second solve and two more products with F.
+            "residual": the blocks of K^-1 r with r = g - C x.
+            "spectral": the two eigenvectors of the layer's Kronecker block with the largest eigenvalues (the smallest
+            take away nothing of what is left to gain); costs eigenvectors of all factors at every renewal, except
+            with `solver="eigh"`, which has them.
+            "history": how the layer moved in the last step; keeps two copies of the parameters.
+        combination: "deflated": x + Q r, the coarse solve on what is left of the residual. "additive": x + Q g, as in
+            arXiv 2011.00573. "balanced": Q g + P^T K^-1 P g with P = I - C Q, symmetric; costs a second solve and two
+            more products of all rows.
         coarse_fisher: "exact": inner products of each example. "kronecker": sums of cross-layer factors as in arXiv
-            2011.00573, for the constant space.
+            2011.00573, for the constant space; only in E.
 
-    `stats` has `coarse_gain`, the decrease of the quadratic model by what is added to x, and `coarse_residual`, what
-    is left of the residual in the coarse space, relative (0 for "deflated" and "balanced" with the exact Fisher). F is
-    that of the last statistics step; of more than 256 examples it takes a quarter.
+    F is that of the last statistics step, of all examples up to 511, then of one in two, from 768 of one in three, from
+    1024 of one in four.
+
+    `stats` has, by this F, `coarse_gain`, the decrease of the quadratic model 1/2 x^T C x - g^T x from K-FAC's x to the
+    solution, and `coarse_residual`, the norm of R0 (g - C solution) over that of R0 (g - C x): 0 for "deflated" and
+    "balanced" with the exact F.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compiling
+from . import compiling, losses
 from . import groups as param_groups
 from .curvature import Curvature
 from .fallback import FALLBACK_LR, Fallback
@@ -144,8 +144,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             early_steps=EARLY_STEPS if tuned else 0,
             owner=type(self).__name__,
         )
-        floor = self._curvature.collector.curvature.floor
-        if tuned and floor is None:
+        if tuned and not losses.has_floor(self._curvature.collector.curvature):
             raise ValueError(
                 "loss: its floor is None, and the self-tuning step bounds its promise by the loss; "
                 "allowed: a loss with a smallest value, or lr=<number>"

@@ -10,7 +10,7 @@ import torch
 from cases import BY_NAME, LOSSES, Case, Problem, mlp
 from torch import Tensor, nn
 
-from kfac import GKFAC, KFAC
+from kfac import GKFAC, KFAC, coarse
 
 DAMPING = 0.03
 NAMES = ["mlp-mse-mean", "mlp-mse-sum", "mlp-bce-mean", "mlp-ce-mean", "mlp-ce-sum", "mlp-ce-weighted",
@@ -57,16 +57,16 @@ class Dense:
             return self.by_layer(torch.cat([torch.ones(n, dtype=torch.float64) / n**0.5 for n in self.sizes]))
         if name == "residual":
             return self.by_layer(self.kfac(self.residual()))
-        if name == "spectral":
-            return torch.cat([self.by_layer(self.eigenvectors(end)) for end in (-1, 0)])
+        if name == "spectral":  # eigenvalues may coincide: the choice is proved in test_coarse_spaces.py
+            found = [coarse.leading_eigenvectors(a, g).flatten(2) for a, g in self.factors.values()]
+            return torch.cat([self.by_layer(self.as_vector([vectors[i] for vectors in found])) for i in range(2)])
         return torch.cat([self.by_layer(self.x), self.by_layer(self.kfac(self.damped @ self.x))])
 
-    def eigenvectors(self, end: int) -> Tensor:
-        """Of each layer's Kronecker block, that of the largest (-1) or smallest (0) eigenvalue, one after the other."""
+    def as_vector(self, matrices: list[Tensor]) -> Tensor:
+        """One matrix a layer, in any shape of [K, d_out, d_in], as one vector."""
         parts = []
-        for name, layer in self.layers.items():
-            (_, q_a), (_, q_g) = (torch.linalg.eigh(factor) for factor in self.factors[name])
-            parts.append(truth.flat(layer, q_g[..., end, None] * q_a[..., None, :, end]))
+        for (a, g), matrix, layer in zip(self.factors.values(), matrices, self.layers.values(), strict=True):
+            parts.append(truth.flat(layer, matrix.reshape(a.shape[0], g.shape[-1], a.shape[-1])))
         return torch.cat(parts)
 
     def coarse(self, rows: Tensor, value: Tensor) -> Tensor:
