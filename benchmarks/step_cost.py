@@ -5,6 +5,8 @@ kinds (plain, one that updates statistics, one that renews inverses too); a cycl
 cost is their mean, weighted by how often each kind occurs in the cycle of the intervals. Reported is the median over
 cycles, and the most expensive kind.
 
+On a machine that is busy with other work `--threads 1 --clock cpu` counts processor time, which waiting does not enter.
+
     python benchmarks/step_cost.py                        # the table, and benchmarks/results/step_cost.json
     python benchmarks/step_cost.py --only resnet --quick
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
+import itertools
 import json
 import os
 import platform
@@ -45,7 +48,7 @@ def autoencoder() -> nn.Sequential:
     """The deep autoencoder of Hinton & Salakhutdinov (2006) for 28x28 images, tanh."""
     sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     layers: list[nn.Module] = []
-    for i, (d_in, d_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (d_in, d_out) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(d_in, d_out), nn.Tanh()] if i not in (3, 7) else [nn.Linear(d_in, d_out)]
     return nn.Sequential(*layers)
 
@@ -72,7 +75,7 @@ class Residual(nn.Module):
 def resnet20() -> nn.Sequential:
     """ResNet-20 for 32x32 images, ten classes (He et al. 2016, arXiv 1512.03385, section 4.2)."""
     widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [Residual(c_in, c_out) for c_in, c_out in zip(widths, widths[1:], strict=False)]
+    blocks = [Residual(c_in, c_out) for c_in, c_out in itertools.pairwise(widths)]
     stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
@@ -162,6 +165,7 @@ VARIANTS = [
     Variant("K-FAC sampled 1/10", "resnet20", KFAC, (1, 10), SAMPLED, 2.8),
     Variant("K-FAC sampled 10/100", "resnet20", KFAC, (10, 100), SAMPLED, 1.25),
 ]
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 MEMORY = ("peak memory, K-FAC sampled 1/10", "resnet20", 1.5)
 
 
@@ -171,13 +175,19 @@ MEMORY = ("peak memory, K-FAC sampled 1/10", "resnet20", 1.5)
 class Run:
     """A network in training by one optimizer."""
 
-    def __init__(self, workload: str, device: torch.device, variant: Variant | None = None):
+    def __init__(
+        self,
+        workload: str,
+        device: torch.device,
+        variant: Variant | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         network, batch, criterion = WORKLOADS[workload]
         torch.manual_seed(0)
         self.model = network().to(device)
         self.x, self.y = (t.to(device) for t in batch(torch.Generator().manual_seed(0)))
         self.criterion = criterion()
-        self.device, self.variant, self.schedule = device, variant, Schedule()
+        self.device, self.variant, self.schedule, self.clock = device, variant, Schedule(), clock
         self.kinds = list(variant.kinds) if variant else [PLAIN]
         self.times: dict[str, list[float]] = {kind: [] for kind in self.kinds}
         if variant is None:
@@ -194,13 +204,13 @@ class Run:
     def step(self, coming: str = REFRESH) -> float:
         """Seconds of one training step; `coming` is the kind of the next, which is settled at the end of this one."""
         self._wait()
-        start = time.perf_counter()
+        start = self.clock()
         self.criterion(self.model(self.x), self.y).backward()
         self.schedule.kind = coming
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._wait()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def turn(self, number: int) -> None:
         """The step of a turn: kinds follow one another."""
@@ -224,10 +234,12 @@ class Run:
             torch.cuda.synchronize(self.device)
 
 
-def measure(workload: str, variants: list[Variant], cycles: int, device: torch.device) -> list[dict]:
+def measure(
+    workload: str, variants: list[Variant], cycles: int, device: torch.device, clock: Callable[[], float]
+) -> list[dict]:
     """The rows of a workload: all its optimizers take turns."""
-    base = Run(workload, device)
-    runs = [Run(workload, device, variant) for variant in variants]
+    base = Run(workload, device, clock=clock)
+    runs = [Run(workload, device, variant, clock) for variant in variants]
     for run in [base, *runs]:
         run.warm_up()
     for number in range(cycles * 6):  # 6 is a multiple of one, two and three kinds
@@ -312,6 +324,7 @@ def circumstances(options: argparse.Namespace) -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": options.threads,
+        "clock": options.clock,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
@@ -334,6 +347,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=4, help="times six steps of each optimizer (default 4)")
     parser.add_argument("--quick", action="store_true", help="a single cycle")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time of all threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", default="step_cost", help="of the file in benchmarks/results")
     parser.add_argument("--peak", choices=("sgd", "kfac"), help=argparse.SUPPRESS)
@@ -355,7 +369,7 @@ def main() -> None:
     for workload in WORKLOADS:
         variants = [v for v in chosen if v.workload == workload]
         if variants:
-            rows += measure(workload, variants, 1 if options.quick else options.cycles, device)
+            rows += measure(workload, variants, 1 if options.quick else options.cycles, device, CLOCKS[options.clock])
     if wanted(MEMORY[1], MEMORY[0]):
         rows.append(memory_row(options))
     if not rows:
