@@ -137,7 +137,7 @@ class Collector:
             mask = self.curvature.mask(output, target) if hasattr(self.curvature, "mask") else None
             self._accumulate(factor_rows, mask)
             if self.keeps_rows:
-                self.factor_rows.append(factor_rows)
+                self.factor_rows.append(factor_rows.written())
         if model_rows is not None:
             self.model_rows.append(rows.quarter(model_rows) if many else model_rows)
         return True
