@@ -264,10 +264,10 @@ class Curvature:
         """Natural gradients (F + damping I)^-1 g, block by block, matrices [K, d_out, d_in]."""
         return self.method.directions(self, list(blocks), list(gradients))
 
-    def quadratic_form(self, directions: dict[Block, Tensor]) -> Tensor:
-        """V^T F V for I directions V, given by blocks as [I, K, d_out, d_in], from this step's rows; [I, I]."""
-        width = next(iter(directions.values())).shape[0]
-        form = next(iter(directions.values())).new_zeros(width, width)
+    def quadratic_form(self, directions: Mapping[Block, Sequence[Tensor] | Tensor]) -> Tensor:
+        """V^T F V for I directions V, given by blocks as I times [K, d_out, d_in], from this step's rows; [I, I]."""
+        first = next(iter(directions.values()))
+        form = first[0].new_zeros(len(first), len(first))
         for rows in self.collector.model_rows:
             products = [
                 row_products(a, g, directions[block]) for block, (a, g) in rows.layers.items() if block in directions

@@ -5,6 +5,7 @@ All are exact rearrangements of plain products.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,18 +120,18 @@ class Patches:
             outer = torch.cat([outer, torch.cat([total, count])[:, None]], dim=1)
         return outer[None]
 
-    def products(self, g: Tensor, directions: Tensor) -> Tensor:
+    def products(self, g: Tensor, directions: Sequence[Tensor] | Tensor) -> Tensor:
         """Inner products of rows with directions, sum_t <g, V a>, as one convolution.
 
         Args:
-            g: [1, M, N, T, d_out]. directions: [I, 1, d_out, d_in].
+            g: [1, M, N, T, d_out]. directions: I times [1, d_out, d_in].
 
         Returns:
             [M * N, I].
         """
-        (count, _, d_out, _), (n, c, h, w) = directions.shape, self.x.shape
-        flat = directions.reshape(count * d_out, -1)
+        count, (n, c, h, w) = len(directions), self.x.shape
+        flat = torch.cat([direction[0] for direction in directions])
         outputs = F.conv2d(self.x, flat[:, : 9 * c].reshape(-1, c, 3, 3), flat[:, -1] if self.bias else None, padding=1)
-        outputs = outputs.reshape(n, count, d_out, h * w)
+        outputs = outputs.reshape(n, count, -1, h * w)
         columns = [(g[0].mT * outputs[:, i]).sum((2, 3)) for i in range(count)]
         return torch.stack(columns, dim=-1).reshape(-1, count)

@@ -48,13 +48,14 @@ def written(a: Tensor | Patches) -> Tensor:
 def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
     """Send curvature vectors back through a batch's graph and bring every layer to rows of the same examples."""
     calls: list[tuple[Block, Tensor | Patches, Tensor]] = []
-    sent = [batch.send_back(vector) for vector in vectors]
-    for call, arrived in zip(batch.calls, zip(*sent, strict=True), strict=True):
-        gradients = [g for g in arrived if g is not None]
+    arrived = list(zip(*[batch.send_back(vector) for vector in vectors], strict=True))
+    for index, call in enumerate(batch.calls):
+        received, arrived[index] = arrived[index], ()  # a gradient of which only sums are needed is free after them
+        gradients = [g for g in received if g is not None]
         if not gradients:
             continue  # a dead branch: the output does not depend on this call
-        if len(gradients) < len(arrived):
-            gradients = [torch.zeros_like(gradients[0]) if g is None else g for g in arrived]
+        if len(gradients) < len(received):
+            gradients = [torch.zeros_like(gradients[0]) if g is None else g for g in received]
         calls.append((call.block, *call.block.rows(call.rows, gradients, call.module)))
     if not calls:
         return Rows({}, weight)
@@ -244,13 +245,13 @@ def _times(rows: Tensor, basis: Tensor) -> Tensor:
     return (rows.flatten(1, -2) @ basis).reshape(rows.shape)
 
 
-def row_products(a: Tensor | Patches, g: Tensor, directions: Tensor, memory: int = 2**24) -> Tensor:
+def row_products(a: Tensor | Patches, g: Tensor, directions: Sequence[Tensor] | Tensor, memory: int = 2**24) -> Tensor:
     """Inner products of rows with some directions, sum_t <g, V a>.
 
     Args:
         a: rows [K, N, T, d_in], or indices [K, N, T].
         g: rows [K, M, N, T, d_out].
-        directions: [I, K, d_out, d_in].
+        directions: I times [K, d_out, d_in].
         memory: largest number of numbers that a chunk of per-example gradients may hold.
 
     Returns:
@@ -262,20 +263,19 @@ def row_products(a: Tensor | Patches, g: Tensor, directions: Tensor, memory: int
         columns = [(g[0] * direction[0].mT[a[0].clamp_min(0)]).sum((-2, -1)) for direction in directions]
         return torch.stack(columns, dim=-1).reshape(-1, len(directions))
     k, n, t, d_in = a.shape
-    m, (count, _, d_out, _) = g.shape[1], directions.shape
+    m, count = g.shape[1], len(directions)
     if m * (t + count) * d_in < t * count * (d_in + m):
         # Fewer products by the gradients of each example, sum_t g a^T, than by the directions' outputs V a.
-        flat = directions.reshape(count, -1)
+        flat = torch.stack([direction.reshape(-1) for direction in directions])
         chunk = max(1, memory // (m * flat.shape[1]))
         parts = []
         for some_a, some_g in zip(a.split(chunk, dim=1), g.split(chunk, dim=2), strict=True):
             gradients = (some_g.mT @ some_a[:, None]).movedim(0, 2)
             parts.append(gradients.reshape(m, -1, flat.shape[1]) @ flat.T)
         return torch.cat(parts, dim=1).reshape(-1, count)
-    weights = directions.permute(1, 3, 0, 2).reshape(k, d_in, count * d_out)
-    outputs = (a.reshape(k, n * t, d_in) @ weights).reshape(k, n, t, count, d_out)
+    outputs = [(a.reshape(k, n * t, d_in) @ direction.mT).reshape(k, 1, n, t, -1) for direction in directions]
     # Elementwise products and sums: as one einsum this is many small matrix products, three to ten times slower.
-    columns = [(g * outputs[:, None, :, :, i]).sum((0, 3, 4)) for i in range(count)]
+    columns = [(g * output).sum((0, 3, 4)) for output in outputs]
     return torch.stack(columns, dim=-1).reshape(-1, count)
 
 

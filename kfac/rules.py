@@ -6,7 +6,7 @@ needs no learning rate. `FixedRule` is the papers' rule: learning rate, momentum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Problem:
     finite: Tensor
     first_order: Tensor
     damping: Tensor
-    form: Callable[[dict[Block, Tensor]], Tensor]
+    form: Callable[[Mapping[Block, Sequence[Tensor]]], Tensor]
     loss: Tensor | None
     room: Tensor | None
     step: int
@@ -128,13 +128,10 @@ class SelfTuningRule:
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None
-        solved = problem.solve(problem.gradients)
-        pairs = [torch.stack([-x, last]) for x, last in zip(solved, problem.buffers, strict=True)]
-        flat = [pair.flatten(1) for pair in pairs]
-        squares = torch.stack([pair @ pair.T for pair in flat]).sum(0)
-        form = problem.damping * squares + problem.form(dict(zip(problem.blocks, pairs, strict=True)))
-        products = [pair @ g.flatten() for pair, g in zip(flat, problem.gradients, strict=True)]
-        slope = torch.stack(products).sum(0)
+        pairs = [(x.neg(), last) for x, last in zip(problem.solve(problem.gradients), problem.buffers, strict=True)]
+        form = problem.damping * _gram(pairs) + problem.form(dict(zip(problem.blocks, pairs, strict=True)))
+        slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, problem.gradients, strict=True)]
+        slope = _totals(slopes)
         largest = form.new_ones(())
         if self.alpha_mean is not None:
             largest = (self.max_growth * self.alpha_mean).clamp_max(1.0)
@@ -151,10 +148,9 @@ class SelfTuningRule:
         self.alpha_mean = torch.where(finite, mean, known)
 
         alpha, mu = scale * weights
-        taken = torch.stack([alpha, mu])
         steps = [
-            select(finite, (taken * group["lr"] @ pair).view_as(g), None)
-            for pair, g, group in zip(flat, problem.gradients, problem.groups, strict=True)
+            select(finite, (group["lr"] * alpha * x).addcmul_(last, group["lr"] * mu), None)
+            for (x, last), group in zip(pairs, problem.groups, strict=True)
         ]
         stats = {
             "alpha": alpha,
@@ -164,3 +160,14 @@ class SelfTuningRule:
         }
         buffers = [select(finite, new, old) for new, old in zip(steps, problem.buffers, strict=True)]
         return Plan(steps, buffers, [group["lr"] * alpha for group in problem.groups], None, finite, stats)
+
+
+def _gram(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Inner products of two vectors, given layer by layer, with each other: [2, 2]."""
+    uu, uv, vv = _totals([[quadratic.dot(u, u), quadratic.dot(u, v), quadratic.dot(v, v)] for u, v in pairs])
+    return torch.stack([uu, uv, uv, vv]).reshape(2, 2)
+
+
+def _totals(numbers: list[list[Tensor]]) -> Tensor:
+    """Sums over the layers of a few numbers of each."""
+    return torch.stack([torch.stack(row) for row in numbers]).sum(0)
