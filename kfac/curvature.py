@@ -177,8 +177,11 @@ class Curvature:
         checked = [*tensors, *self.collector.values(), *diagonals]
         if not checked:
             return torch.ones((), dtype=torch.bool)
-        # A norm is finite only if every entry is, and one call takes them all; this one is fast and never overflows.
-        return torch.stack(torch._foreach_norm(checked, 1)).isfinite().all()
+        # A sum is finite only if every entry is. On a CPU sums are several times faster than norms, elsewhere one call
+        # for all tensors is.
+        on_host = checked[0].device.type == "cpu"
+        sums = [x.sum() for x in checked] if on_host else list(torch._foreach_norm(checked, 1))
+        return torch.stack(sums).isfinite().all()
 
     # Averages, damping, preconditioners.
 
