@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -274,14 +273,20 @@ def row(run: Run, runs: list[Run], sgd: float) -> dict:
 
 def peak_memory(optimizer: str, device: torch.device) -> float:
     """MiB that training steps of the memory row's network add, at their peak, to a process that has its modules."""
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = resident("VmRSS")
     variant = Variant("", MEMORY[1], KFAC, (1, 10), SAMPLED) if optimizer == "kfac" else None
     run = Run(MEMORY[1], device, variant)
     for _ in range(4):
         run.step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    """Resident memory of this process in MiB: "VmRSS" now, "VmHWM" at its peak (getrusage's is the parent's too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(field + ":"))
 
 
 def memory_row(options: argparse.Namespace) -> dict:
