@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,9 +48,9 @@ class Call:
     edge: GradientEdge
     context: Any = None
 
-    @cached_property
+    @property
     def rows(self) -> Tensor:
-        """The input as rows a, as `Block.inputs` gives them."""
+        """The input as rows a, as `Block.inputs` gives them; made anew, since most are used once and may be large."""
         return self.block.inputs(self.input, self.module, self.context)
 
 

@@ -145,7 +145,7 @@ class Collector:
             mask = self.curvature.mask(output, target) if hasattr(self.curvature, "mask") else None
             self._accumulate(factor_rows, mask)
             if self.keeps_rows:
-                self.factor_rows.append(factor_rows)
+                self.factor_rows.append(factor_rows.written())
         if model_rows is not None:
             self.model_rows.append(rows.quarter(model_rows) if many else model_rows)
         return True
@@ -187,6 +187,6 @@ class Collector:
     def _accumulate(self, taken: Rows, mask: Tensor | None) -> None:
         for block, (a, g) in taken.layers.items():
             new_a, count, new_g = rows.moments(block, a, g, mask, taken.vectors)
-            new = (new_a, count, taken.weight * new_g)
+            new = (new_a, count, new_g.mul_(taken.weight))
             old = self.sums.get(block)
             self.sums[block] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layers import MatrixBlock
+from .products import Patches
+
+_COMMON = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros")  # what `Patches` can do
 
 
 class ConvBlock(MatrixBlock):
@@ -25,8 +28,10 @@ class ConvBlock(MatrixBlock):
     def groups(self) -> int:
         return self.modules[0].groups  # type: ignore[return-value]
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor | Patches:  # type: ignore[override]
         x = _batched(x.to(self.dtype), module)
+        if self.groups == 1 and _geometry(module) == _COMMON:
+            return Patches(x, self.has_bias)
         padding = module._reversed_padding_repeated_twice
         if any(padding):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -58,8 +63,9 @@ class ConvBlock(MatrixBlock):
         )
         # One copy: the patches are written beside the ones of the bias.
         size = per_group * torch.Size(kernel).numel()
-        a = x.new_ones(self.groups, n, *out, size + self.has_bias)
+        a = x.new_empty(self.groups, n, *out, size + self.has_bias)
         a[..., :size].view(patches.shape).copy_(patches)
+        a[..., size:] = 1.0
         return a.flatten(2, -2)
 
 
@@ -76,7 +82,7 @@ class TransposedConvBlock(ConvBlock):
     def context(self, module: Any, output: Tensor) -> Any:
         return output.shape  # `forward` may be given an output size
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:  # type: ignore[override]
         x = _batched(x.to(self.dtype), module)
         n, channels, *sizes = x.shape
         ndim = len(sizes)
@@ -102,6 +108,11 @@ class TransposedConvBlock(ConvBlock):
         channels, per_group, *kernel = weight.shape
         split = matrix.reshape(self.groups, per_group, channels // self.groups, *kernel).transpose(1, 2)
         return split.flip(tuple(range(3, split.dim()))).reshape(weight.shape)
+
+
+def _geometry(module: Any) -> tuple:
+    padding = tuple(module._reversed_padding_repeated_twice)
+    return module.kernel_size, module.stride, padding, module.dilation, module.padding_mode
 
 
 def _batched(x: Tensor, module: Any) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import linalg
+from .later import select
 from .layers import Block
 from .method import Method
 from .optimizer import KroneckerOptimizer
@@ -78,8 +79,8 @@ def invert(state: BlockState, damping: Tensor, unit: bool, dtype: torch.dtype | 
     good = good_a & good_g
     last = state.solver or {"inverse_a": _identity(state.A), "inverse_g": _identity(state.G)}
     state.solver = {
-        "inverse_a": torch.where(good, inverse_a, last["inverse_a"].to(inverse_a.dtype)).to(dtype or inverse_a.dtype),
-        "inverse_g": torch.where(good, inverse_g, last["inverse_g"].to(inverse_g.dtype)).to(dtype or inverse_g.dtype),
+        "inverse_a": select(good, inverse_a, last["inverse_a"].to(inverse_a.dtype)).to(dtype or inverse_a.dtype),
+        "inverse_g": select(good, inverse_g, last["inverse_g"].to(inverse_g.dtype)).to(dtype or inverse_g.dtype),
     }
     state.jitter = torch.where(good, (state.jitter - 0.1).clamp_min(0), state.jitter.ceil() + 1)
     return 1.0 - good.to(state.A.dtype)

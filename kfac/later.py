@@ -11,6 +11,13 @@ def seen_broken(finite: Tensor) -> bool:
     return finite.device.type == "cpu" and not finite.numpy()
 
 
+def select(condition: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
+    """`torch.where` for a 0-dimensional condition, None for zeros; on a CPU one of the tensors itself, not a copy."""
+    if condition.device.type == "cpu":
+        return new if condition.numpy() else torch.zeros_like(new) if old is None else old
+    return torch.where(condition, new, 0.0 if old is None else old)
+
+
 class Later:
     """A tensor's values for the host, which learns them once the device has got there."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .capture import Batch
 from .layers import Block
+from .products import Patches, gram, outer_sum
 
 MODEL_ROWS = 256  # examples that the quadratic model uses at least, before it takes a quarter of the batch
 
@@ -26,45 +27,59 @@ MODEL_ROWS = 256  # examples that the quadratic model uses at least, before it t
 class Rows:
     """Curvature rows of one batch: (a, g) of each layer, with the same examples in dimension N; the batch's weight.
 
-    `vectors` is how many vectors lie side by side in N for every example, because inputs differ between them.
+    Those of an image may still be `Patches`, which every function here accepts. `vectors` is how many vectors lie side
+    by side in N for every example, because inputs differ between them.
     """
 
-    layers: dict[Block, tuple[Tensor, Tensor]]
+    layers: dict[Block, tuple[Any, Tensor]]  # a is a Tensor or Patches
     weight: Tensor
     vectors: int = 1
+
+    def written(self) -> Rows:
+        """The same with all rows as tensors."""
+        return Rows({block: (written(a), g) for block, (a, g) in self.layers.items()}, self.weight, self.vectors)
+
+
+def written(a: Tensor | Patches) -> Tensor:
+    """Rows a as a tensor."""
+    return a.rows if isinstance(a, Patches) else a
 
 
 def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
     """Send curvature vectors back through a batch's graph and bring every layer to rows of the same examples."""
-    calls: list[tuple[Block, Tensor, Tensor]] = []
-    sent = [batch.send_back(vector) for vector in vectors]
-    for call, arrived in zip(batch.calls, zip(*sent, strict=True), strict=True):
-        gradients = [g for g in arrived if g is not None]
+    calls: list[tuple[Block, Tensor | Patches, Tensor]] = []
+    arrived = list(zip(*[batch.send_back(vector) for vector in vectors], strict=True))
+    for index, call in enumerate(batch.calls):
+        received, arrived[index] = arrived[index], ()  # a gradient of which only sums are needed is free after them
+        gradients = [g for g in received if g is not None]
         if not gradients:
             continue  # a dead branch: the output does not depend on this call
-        if len(gradients) < len(arrived):
-            gradients = [torch.zeros_like(gradients[0]) if g is None else g for g in arrived]
+        if len(gradients) < len(received):
+            gradients = [torch.zeros_like(gradients[0]) if g is None else g for g in received]
         calls.append((call.block, *call.block.rows(call.rows, gradients, call.module)))
     if not calls:
         return Rows({}, weight)
     usual, examples = _examples([(a, g) for _, a, g in calls])
-    aligned: dict[Block, list[tuple[Tensor, Tensor]]] = {}
+    aligned: dict[Block, list[tuple[Tensor | Patches, Tensor]]] = {}
     for block, a, g in calls:
         aligned.setdefault(block, []).append(_align(a, g, usual, examples))
-    layers = {}
+    layers: dict[Block, tuple[Tensor | Patches, Tensor]] = {}
     for block, parts in aligned.items():
+        if len(parts) == 1 and not block.unit:
+            layers[block] = parts[0]
+            continue
         # Further calls of a layer are positions T.
-        a = _join([a for a, _ in parts], dim=2 if _is_index(parts[0][0]) else -2)
+        a = _join([written(a) for a, _ in parts], dim=2 if _is_index(parts[0][0]) else -2)
         g = _join([g for _, g in parts], dim=3)
         if block.unit:  # its input is always 1: the sum over positions is exact
             a, g = a[:, :, :1], g.sum(3, keepdim=True)
         layers[block] = (a, g)
     if not any(_differs(a) for a, _ in layers.values()):
         return Rows(layers, weight)
-    return Rows({block: _side_by_side(a, g) for block, (a, g) in layers.items()}, weight, len(vectors))
+    return Rows({block: _side_by_side(written(a), g) for block, (a, g) in layers.items()}, weight, len(vectors))
 
 
-def _examples(calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+def _examples(calls: Sequence[tuple[Tensor | Patches, Tensor]]) -> tuple[int, int]:
     """The usual size of dimension 0 over all calls, and the number of examples: what the calls that fit it share."""
     sizes = [g.shape[2] for _, g in reversed(calls)]
     frequency = Counter(n for n in sizes if n > 1)
@@ -72,7 +87,7 @@ def _examples(calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, int]:
     return usual, math.gcd(*[g.shape[2] for a, g in calls if _fits(a, g, usual)])
 
 
-def _fits(a: Tensor, g: Tensor, usual: int) -> bool:
+def _fits(a: Tensor | Patches, g: Tensor, usual: int) -> bool:
     """Whether dimension 0 of a call is the batch, or the batch and positions in one."""
     n = g.shape[2]
     if _is_index(a) and g.shape[3] == 1:
@@ -80,12 +95,16 @@ def _fits(a: Tensor, g: Tensor, usual: int) -> bool:
     return n % usual == 0 or (n > 1 and usual % n == 0)
 
 
-def _align(a: Tensor, g: Tensor, usual: int, examples: int) -> tuple[Tensor, Tensor]:
+def _align(a: Tensor | Patches, g: Tensor, usual: int, examples: int) -> tuple[Tensor | Patches, Tensor]:
     """Rows of a call with `examples` in N.
 
     What all examples share (positions, a task's embedding) has one gradient, the sum over examples, and no rows of its
     own for each. Every example takes an equal part of its square, which keeps the expectation for drawn vectors.
     """
+    if isinstance(a, Patches):
+        if a.shape[1] == examples:
+            return a, g
+        a = a.rows
     lead = 2 if _differs(a) else 1
     n, t, *tail = a.shape[lead:]
     if _fits(a, g, usual):
@@ -105,26 +124,30 @@ def _side_by_side(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return a.transpose(1, 2).flatten(1, 2), g.transpose(1, 2).flatten(1, 2)[:, None]
 
 
-def _is_index(a: Tensor) -> bool:
-    return a.dtype == torch.long
+def _is_index(a: Tensor | Patches) -> bool:
+    return isinstance(a, Tensor) and a.dtype == torch.long
 
 
-def _differs(a: Tensor) -> bool:
+def _differs(a: Tensor | Patches) -> bool:
     """Whether inputs differ from vector to vector."""
-    return a.dim() == 5
+    return len(a.shape) == 5
 
 
 def quarter(rows: Rows) -> Rows:
     """A quarter of the examples, at least `MODEL_ROWS`, scaled to stand for all."""
-    layers = {}
+    layers: dict[Block, tuple[Tensor | Patches, Tensor]] = {}
     for block, (a, g) in rows.layers.items():
         examples = a.shape[1]
         kept = min(examples, max(examples // rows.vectors // 4, MODEL_ROWS) * rows.vectors)
-        layers[block] = (a[:, :kept], g[:, :, :kept] * math.sqrt(examples / kept)) if kept < examples else (a, g)
+        if kept < examples:
+            a, g = a.first(kept) if isinstance(a, Patches) else a[:, :kept], g[:, :, :kept] * math.sqrt(examples / kept)
+        layers[block] = (a, g)
     return Rows(layers, rows.weight, rows.vectors)
 
 
-def moments(block: Block, a: Tensor, g: Tensor, mask: Tensor | None, vectors: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def moments(
+    block: Block, a: Tensor | Patches, g: Tensor, mask: Tensor | None, vectors: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sums that Kronecker factors are made of: of a a^T, how many rows that is, and of g g^T.
 
     With `block.reduce` an example's positions are first averaged in a and summed in g (Eschenhagen et al. 2023, arXiv
@@ -137,9 +160,15 @@ def moments(block: Block, a: Tensor, g: Tensor, mask: Tensor | None, vectors: in
     """
     k, n, t = a.shape[:3]
     summed = g.sum(3, keepdim=True) if _reduced(block, a) else g
-    outer_g = _second_moment(summed.flatten(1, 3), block.diagonal_g)
+    outer_g = summed.square().sum((1, 2, 3)) if block.diagonal_g else outer_sum(summed.flatten(1, 2))
     if block.unit:
         return g.new_ones(k, 1, 1), g.new_ones(()), outer_g
+    if isinstance(a, Patches):
+        alike = mask is None or mask.numel() == n
+        if alike and not block.reduce and not block.diagonal_a:
+            kept = None if mask is None else mask.to(g.dtype).reshape(n)
+            return a.outer_sum(kept), g.new_ones(()) * (n * t) if kept is None else kept.sum() * t, outer_g
+        a = a.rows
     keep: Tensor | None = None
     if mask is not None and mask.numel() * vectors in (n, n * t):
         keep = mask.to(g.dtype).reshape(n // vectors, 1, -1).expand(-1, vectors, t).reshape(n, t)
@@ -162,17 +191,19 @@ def moments(block: Block, a: Tensor, g: Tensor, mask: Tensor | None, vectors: in
     return _second_moment(a.flatten(1, 2), block.diagonal_a, None if keep is None else keep.reshape(-1)), count, outer_g
 
 
-def _reduced(block: Block, a: Tensor) -> bool:
+def _reduced(block: Block, a: Tensor | Patches) -> bool:
     return block.reduce and a.shape[2] > 1
 
 
 def _second_moment(rows: Tensor, diagonal: bool, mask: Tensor | None = None) -> Tensor:
-    weighted = rows if mask is None else rows * mask[:, None]
-    return (weighted * rows).sum(1) if diagonal else rows.mT @ weighted
+    if not diagonal:
+        return gram(rows, mask)
+    squares = rows.square()
+    return squares.sum(1) if mask is None else mask @ squares
 
 
 def squared_gradients(
-    a: Tensor,
+    a: Tensor | Patches,
     g: Tensor,
     size: int,
     basis_a: Tensor | None = None,
@@ -193,10 +224,11 @@ def squared_gradients(
     Returns:
         [K, d_out, d_in].
     """
-    g = g if basis_g is None else g @ basis_g[:, None, None]
+    a = written(a)
+    g = g if basis_g is None else _times(g, basis_g)
     if _is_index(a):
         return _squares_by_token(a, g, size)
-    a = a if basis_a is None else a @ basis_a[:, None]
+    a = a if basis_a is None else _times(a, basis_a)
     if a.shape[2] == 1:
         return g[:, :, :, 0].square().sum(1).mT @ a[:, :, 0].square()
     total = a.new_zeros(a.shape[0], g.shape[-1], a.shape[-1])
@@ -208,40 +240,46 @@ def squared_gradients(
     return total
 
 
-def row_products(a: Tensor, g: Tensor, directions: Tensor, memory: int = 2**24) -> Tensor:
+def _times(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows [K, ..., d] times [K, d, d], as one product for each k instead of one for each example."""
+    return (rows.flatten(1, -2) @ basis).reshape(rows.shape)
+
+
+def row_products(a: Tensor | Patches, g: Tensor, directions: Sequence[Tensor] | Tensor, memory: int = 2**24) -> Tensor:
     """Inner products of rows with some directions, sum_t <g, V a>.
 
     Args:
         a: rows [K, N, T, d_in], or indices [K, N, T].
         g: rows [K, M, N, T, d_out].
-        directions: [I, K, d_out, d_in].
+        directions: I times [K, d_out, d_in].
         memory: largest number of numbers that a chunk of per-example gradients may hold.
 
     Returns:
         [M * N, I]; for S of this shape, S^T S is the curvature along the directions within the layer.
     """
+    if isinstance(a, Patches):
+        return a.products(g, directions)
     if _is_index(a):
         columns = [(g[0] * direction[0].mT[a[0].clamp_min(0)]).sum((-2, -1)) for direction in directions]
         return torch.stack(columns, dim=-1).reshape(-1, len(directions))
     k, n, t, d_in = a.shape
-    m, (count, _, d_out, _) = g.shape[1], directions.shape
+    m, count = g.shape[1], len(directions)
     if m * (t + count) * d_in < t * count * (d_in + m):
         # Fewer products by the gradients of each example, sum_t g a^T, than by the directions' outputs V a.
-        flat = directions.reshape(count, -1)
+        flat = torch.stack([direction.reshape(-1) for direction in directions])
         chunk = max(1, memory // (m * flat.shape[1]))
         parts = []
         for some_a, some_g in zip(a.split(chunk, dim=1), g.split(chunk, dim=2), strict=True):
             gradients = (some_g.mT @ some_a[:, None]).movedim(0, 2)
             parts.append(gradients.reshape(m, -1, flat.shape[1]) @ flat.T)
         return torch.cat(parts, dim=1).reshape(-1, count)
-    weights = directions.permute(1, 3, 0, 2).reshape(k, d_in, count * d_out)
-    outputs = (a.reshape(k, n * t, d_in) @ weights).reshape(k, n, t, count, d_out)
+    outputs = [(a.reshape(k, n * t, d_in) @ direction.mT).reshape(k, 1, n, t, -1) for direction in directions]
     # Elementwise products and sums: as one einsum this is many small matrix products, three to ten times slower.
-    columns = [(g * outputs[:, None, :, :, i]).sum((0, 3, 4)) for i in range(count)]
+    columns = [(g * output).sum((0, 3, 4)) for output in outputs]
     return torch.stack(columns, dim=-1).reshape(-1, count)
 
 
-def row_times(a: Tensor, g: Tensor, s: Tensor, size: int) -> Tensor:
+def row_times(a: Tensor | Patches, g: Tensor, s: Tensor, size: int) -> Tensor:
     """Rows added up with a number each, sum over n and vectors of s g a^T: [K, d_out, d_in].
 
     Args:
@@ -250,14 +288,16 @@ def row_times(a: Tensor, g: Tensor, s: Tensor, size: int) -> Tensor:
         s: [M * N].
         size: d_in.
     """
+    a = written(a)
     weighted = (s.reshape(1, g.shape[1], -1, 1, 1) * g).sum(1)
     if _is_index(a):
         return _by_token(a, weighted[0], size)
     return weighted.flatten(1, 2).mT @ a.flatten(1, 2)
 
 
-def row_sums(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def row_sums(a: Tensor | Patches, g: Tensor) -> tuple[Tensor, Tensor]:
     """1^T a [K, N, T] and 1^T g [K, M, N, T]."""
+    a = written(a)
     return (a >= 0).to(g.dtype) if _is_index(a) else a.sum(-1), g.sum(-1)
 
 

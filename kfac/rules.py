@@ -6,7 +6,7 @@ needs no learning rate. `FixedRule` is the papers' rule: learning rate, momentum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import clip, quadratic
+from .later import select
 from .layers import Block
 
 
@@ -34,7 +35,7 @@ class Problem:
     finite: Tensor
     first_order: Tensor
     damping: Tensor
-    form: Callable[[dict[Block, Tensor]], Tensor]
+    form: Callable[[Mapping[Block, Sequence[Tensor]]], Tensor]
     loss: Tensor | None
     room: Tensor | None
     step: int
@@ -79,7 +80,7 @@ class FixedRule:
     def __call__(self, problem: Problem) -> Plan:
         groups = problem.groups
         inputs = zip(problem.gradients, problem.buffers, groups, strict=True)
-        buffers = [gradient + group["momentum"] * old for gradient, old, group in inputs]
+        buffers = [torch.add(gradient, old, alpha=group["momentum"]) for gradient, old, group in inputs]
         directions = problem.solve(buffers)
         form = problem.first_order.clone()
         for direction, buffer, group in zip(directions, buffers, groups, strict=True):
@@ -98,10 +99,8 @@ class FixedRule:
                 tiny = torch.finfo(promise.dtype).tiny
                 factor = torch.minimum(factor, self.room.to(factor.dtype) / promise.abs().clamp_min(tiny))
         finite = problem.finite & factor.isfinite()
-        steps = [
-            torch.where(finite, -group["lr"] * factor * x, 0.0) for x, group in zip(directions, groups, strict=True)
-        ]
-        buffers = [torch.where(finite, new, old) for new, old in zip(buffers, problem.buffers, strict=True)]
+        steps = [select(finite, -group["lr"] * factor * x, None) for x, group in zip(directions, groups, strict=True)]
+        buffers = [select(finite, new, old) for new, old in zip(buffers, problem.buffers, strict=True)]
         rates = [group["lr"] for group in groups]
         return Plan(steps, buffers, rates, torch.where(finite, factor, 0.0), finite, {"kl_clip": factor})
 
@@ -129,11 +128,10 @@ class SelfTuningRule:
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None
-        # One vector over all layers: few large operations instead of many small ones.
-        pair = torch.stack([-_flat(problem.solve(problem.gradients)), _flat(problem.buffers)])
-        directions = dict(zip(problem.blocks, _split(pair, problem), strict=True))
-        form = problem.damping * (pair @ pair.T) + problem.form(directions)
-        slope = pair @ _flat(problem.gradients)
+        pairs = [(x.neg(), last) for x, last in zip(problem.solve(problem.gradients), problem.buffers, strict=True)]
+        form = problem.damping * _gram(pairs) + problem.form(dict(zip(problem.blocks, pairs, strict=True)))
+        slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, problem.gradients, strict=True)]
+        slope = _totals(slopes)
         largest = form.new_ones(())
         if self.alpha_mean is not None:
             largest = (self.max_growth * self.alpha_mean).clamp_max(1.0)
@@ -150,24 +148,26 @@ class SelfTuningRule:
         self.alpha_mean = torch.where(finite, mean, known)
 
         alpha, mu = scale * weights
-        step = torch.where(finite, alpha * pair[0] + mu * pair[1], 0.0)
-        rates = [group["lr"] for group in problem.groups]
-        steps = [s if rate == 1 else rate * s for s, rate in zip(_split(step, problem), rates, strict=True)]
+        steps = [
+            select(finite, (group["lr"] * alpha * x).addcmul_(last, group["lr"] * mu), None)
+            for (x, last), group in zip(pairs, problem.groups, strict=True)
+        ]
         stats = {
             "alpha": alpha,
             "momentum": mu,
             "loss": problem.loss,
             "predicted_decrease": scale * promise - 0.5 * scale**2 * bend,
         }
-        buffers = [torch.where(finite, new, old) for new, old in zip(steps, problem.buffers, strict=True)]
-        return Plan(steps, buffers, [rate * alpha for rate in rates], None, finite, stats)
+        buffers = [select(finite, new, old) for new, old in zip(steps, problem.buffers, strict=True)]
+        return Plan(steps, buffers, [group["lr"] * alpha for group in problem.groups], None, finite, stats)
 
 
-def _flat(blocks: list[Tensor]) -> Tensor:
-    return torch.cat([x.reshape(-1) for x in blocks])
+def _gram(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Inner products of two vectors, given layer by layer, with each other: [2, 2]."""
+    uu, uv, vv = _totals([[quadratic.dot(u, u), quadratic.dot(u, v), quadratic.dot(v, v)] for u, v in pairs])
+    return torch.stack([uu, uv, uv, vv]).reshape(2, 2)
 
 
-def _split(vector: Tensor, problem: Problem) -> list[Tensor]:
-    """A vector [..., D] by layers: [..., K, d_out, d_in] each."""
-    parts = vector.split([g.numel() for g in problem.gradients], dim=-1)
-    return [x.reshape(*x.shape[:-1], *g.shape) for x, g in zip(parts, problem.gradients, strict=True)]
+def _totals(numbers: list[list[Tensor]]) -> Tensor:
+    """Sums over the layers of a few numbers of each."""
+    return torch.stack([torch.stack(row) for row in numbers]).sum(0)

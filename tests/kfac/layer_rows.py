@@ -44,6 +44,7 @@ def send(model: nn.Module, inputs: Any, count: int = 2) -> tuple[rows.Rows, list
 
 def dense(block: Block, a: Tensor) -> Tensor:
     """Rows a without indices."""
+    a = rows.written(a)
     if a.is_floating_point():
         return a
     return (a[..., None] == torch.arange(block.shape[2])).double()
