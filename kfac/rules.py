@@ -106,13 +106,18 @@ class FixedRule:
         return Plan(steps, buffers, rates, torch.where(finite, factor, 0.0), finite, {"kl_clip": factor})
 
 
-class SelfTuningRule:
-    """step = s (alpha x + mu last step): x minus the natural gradient, (alpha, mu) from the quadratic model, s a bound.
+LEAST_MOMENTUM, MOST_MOMENTUM = 0.5, 0.95
 
-    1. (alpha, mu) minimise the model of arXiv 1503.05671, section 7, over the box 0 <= alpha <= max_growth times its
-       running mean (and 1), 0 <= mu <= 0.95, with the curvature along both from vectors sampled for this very batch.
-    2. s <= 1 bounds the promised decrease by `max_decrease` (reached over `warmup` steps) times the loss above its
-       floor.
+
+class SelfTuningRule:
+    """step = alpha x + mu last step, x minus the natural gradient.
+
+    1. (alpha, mu) minimise the quadratic model of arXiv 1503.05671, section 7, over the box 0 <= alpha <= max_growth
+       times its running mean (and 1), 0.5 <= mu <= 0.95, with the curvature along both from vectors sampled for this
+       very batch. The batch sees in its own gradient more than there is for others, and asks for too little of the
+       last step, which came from them; so half of that is kept. Where even the best such step goes uphill, mu is 0.
+    2. What is added to the half is scaled down until the step promises at most `max_decrease` (reached over `warmup`
+       steps) times the loss above its floor.
     """
 
     def __init__(self, max_decrease: float, warmup: int, max_growth: float):
@@ -137,19 +142,27 @@ class SelfTuningRule:
         largest = form.new_ones(())
         if self.alpha_mean is not None:
             largest = (self.max_growth * self.alpha_mean).clamp_max(1.0)
-        momentum = 0.95 if problem.groups[0]["momentum"] else 0.0
-        upper = torch.stack([largest, torch.full_like(largest, momentum)])
-        weights = quadratic.minimise_in_box(slope, form, torch.zeros_like(upper), upper)
+        least, most = (LEAST_MOMENTUM, MOST_MOMENTUM) if problem.groups[0]["momentum"] else (0.0, 0.0)
+        lower = torch.stack([torch.zeros_like(largest), torch.full_like(largest, least)])
+        upper = torch.stack([largest, torch.full_like(largest, most)])
+        weights = quadratic.minimise_in_box(slope, form, lower, upper)
+        uphill = _decrease(weights, slope, form) < 0
+        alone = (-slope[0] / form[0, 0].clamp_min(torch.finfo(form.dtype).tiny)).clamp(lower[0], upper[0])
+        weights = torch.where(uphill, torch.stack([alone, torch.zeros_like(alone)]), weights)
 
         share = min(self.max_decrease, 0.02 + self.max_decrease * problem.step / max(self.warmup, 1))
-        promise, bend = -(weights @ slope), weights @ form @ weights
-        scale = quadratic.bounded_scale(promise, bend, share * problem.room)
+        limit = share * problem.room
+        kept = torch.where(uphill, 0.0, lower)
+        kept = kept * quadratic.bounded_scale(-kept @ slope, kept @ form @ kept, limit)
+        added = weights - kept
+        room = limit - _decrease(kept, slope, form).clamp_min(0)
+        scale = quadratic.bounded_scale(-added @ (slope + form @ kept), added @ form @ added, room)
         finite = problem.finite & weights.isfinite().all() & scale.isfinite()
         known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]
         self.alpha_mean = torch.where(finite, mean, known)
 
-        alpha, mu = scale * weights
+        alpha, mu = taken = kept + scale * added
         step = torch.where(finite, alpha * pair[0] + mu * pair[1], 0.0)
         rates = [group["lr"] for group in problem.groups]
         steps = [s if rate == 1 else rate * s for s, rate in zip(_split(step, problem), rates, strict=True)]
@@ -157,10 +170,15 @@ class SelfTuningRule:
             "alpha": alpha,
             "momentum": mu,
             "loss": problem.loss,
-            "predicted_decrease": scale * promise - 0.5 * scale**2 * bend,
+            "predicted_decrease": _decrease(taken, slope, form),
         }
         buffers = [torch.where(finite, new, old) for new, old in zip(steps, problem.buffers, strict=True)]
         return Plan(steps, buffers, [rate * alpha for rate in rates], None, finite, stats)
+
+
+def _decrease(weights: Tensor, slope: Tensor, form: Tensor) -> Tensor:
+    """What the quadratic model promises for a step."""
+    return -weights @ slope - 0.5 * weights @ form @ weights
 
 
 def _flat(blocks: list[Tensor]) -> Tensor:
