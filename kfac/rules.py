@@ -146,23 +146,19 @@ class SelfTuningRule:
         lower = torch.stack([torch.zeros_like(largest), torch.full_like(largest, least)])
         upper = torch.stack([largest, torch.full_like(largest, most)])
         weights = quadratic.minimise_in_box(slope, form, lower, upper)
-        uphill = _decrease(weights, slope, form) < 0
         alone = (-slope[0] / form[0, 0].clamp_min(torch.finfo(form.dtype).tiny)).clamp(lower[0], upper[0])
-        weights = torch.where(uphill, torch.stack([alone, torch.zeros_like(alone)]), weights)
 
         share = min(self.max_decrease, 0.02 + self.max_decrease * problem.step / max(self.warmup, 1))
         limit = share * problem.room
-        kept = torch.where(uphill, 0.0, lower)
-        kept = kept * quadratic.bounded_scale(-kept @ slope, kept @ form @ kept, limit)
-        added = weights - kept
-        room = limit - _decrease(kept, slope, form).clamp_min(0)
-        scale = quadratic.bounded_scale(-added @ (slope + form @ kept), added @ form @ added, room)
-        finite = problem.finite & weights.isfinite().all() & scale.isfinite()
+        taken = _bounded(weights, lower, slope, form, limit)
+        without = _bounded(torch.stack([alone, torch.zeros_like(alone)]), torch.zeros_like(lower), slope, form, limit)
+        taken = torch.where(_decrease(taken, slope, form) >= 0, taken, without)
+        finite = problem.finite & weights.isfinite().all() & taken.isfinite().all()
         known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]
         self.alpha_mean = torch.where(finite, mean, known)
 
-        alpha, mu = taken = kept + scale * added
+        alpha, mu = taken
         step = torch.where(finite, alpha * pair[0] + mu * pair[1], 0.0)
         rates = [group["lr"] for group in problem.groups]
         steps = [s if rate == 1 else rate * s for s, rate in zip(_split(step, problem), rates, strict=True)]
@@ -174,6 +170,14 @@ class SelfTuningRule:
         }
         buffers = [torch.where(finite, new, old) for new, old in zip(steps, problem.buffers, strict=True)]
         return Plan(steps, buffers, [rate * alpha for rate in rates], None, finite, stats)
+
+
+def _bounded(weights: Tensor, kept: Tensor, slope: Tensor, form: Tensor, limit: Tensor) -> Tensor:
+    """`weights`, of which what exceeds `kept` is scaled down until the whole promises at most `limit`."""
+    kept = kept * quadratic.bounded_scale(-kept @ slope, kept @ form @ kept, limit)
+    added = weights - kept
+    room = limit - _decrease(kept, slope, form).clamp_min(0)
+    return kept + added * quadratic.bounded_scale(-added @ (slope + form @ kept), added @ form @ added, room)
 
 
 def _decrease(weights: Tensor, slope: Tensor, form: Tensor) -> Tensor:
