@@ -105,13 +105,18 @@ class FixedRule:
         return Plan(steps, buffers, rates, torch.where(finite, factor, 0.0), finite, {"kl_clip": factor})
 
 
-class SelfTuningRule:
-    """step = s (alpha x + mu last step): x minus the natural gradient, (alpha, mu) from the quadratic model, s a bound.
+LEAST_MOMENTUM, MOST_MOMENTUM = 0.5, 0.95
 
-    1. (alpha, mu) minimise the model of arXiv 1503.05671, section 7, over the box 0 <= alpha <= max_growth times its
-       running mean (and 1), 0 <= mu <= 0.95, with the curvature along both from vectors sampled for this very batch.
-    2. s <= 1 bounds the promised decrease by `max_decrease` (reached over `warmup` steps) times the loss above its
-       floor.
+
+class SelfTuningRule:
+    """step = alpha x + mu last step, x minus the natural gradient.
+
+    1. (alpha, mu) minimise the quadratic model of arXiv 1503.05671, section 7, over the box 0 <= alpha <= max_growth
+       times its running mean (and 1), 0.5 <= mu <= 0.95, with the curvature along both from vectors sampled for this
+       very batch. The batch sees in its own gradient more than there is for others, and asks for too little of the
+       last step, which came from them; so half of that is kept. Where even the best such step goes uphill, mu is 0.
+    2. What is added to the half is scaled down until the step promises at most `max_decrease` (reached over `warmup`
+       steps) times the loss above its floor.
     """
 
     def __init__(self, max_decrease: float, warmup: int, max_growth: float):
@@ -135,19 +140,23 @@ class SelfTuningRule:
         largest = form.new_ones(())
         if self.alpha_mean is not None:
             largest = (self.max_growth * self.alpha_mean).clamp_max(1.0)
-        momentum = 0.95 if problem.groups[0]["momentum"] else 0.0
-        upper = torch.stack([largest, torch.full_like(largest, momentum)])
-        weights = quadratic.minimise_in_box(slope, form, torch.zeros_like(upper), upper)
+        least, most = (LEAST_MOMENTUM, MOST_MOMENTUM) if problem.groups[0]["momentum"] else (0.0, 0.0)
+        lower = torch.stack([torch.zeros_like(largest), torch.full_like(largest, least)])
+        upper = torch.stack([largest, torch.full_like(largest, most)])
+        weights = quadratic.minimise_in_box(slope, form, lower, upper)
+        alone = (-slope[0] / form[0, 0].clamp_min(torch.finfo(form.dtype).tiny)).clamp(lower[0], upper[0])
 
         share = min(self.max_decrease, 0.02 + self.max_decrease * problem.step / max(self.warmup, 1))
-        promise, bend = -(weights @ slope), weights @ form @ weights
-        scale = quadratic.bounded_scale(promise, bend, share * problem.room)
-        finite = problem.finite & weights.isfinite().all() & scale.isfinite()
+        limit = share * problem.room
+        taken = _bounded(weights, lower, slope, form, limit)
+        without = _bounded(torch.stack([alone, torch.zeros_like(alone)]), torch.zeros_like(lower), slope, form, limit)
+        taken = torch.where(_decrease(taken, slope, form) >= 0, taken, without)
+        finite = problem.finite & weights.isfinite().all() & taken.isfinite().all()
         known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]
         self.alpha_mean = torch.where(finite, mean, known)
 
-        alpha, mu = scale * weights
+        alpha, mu = taken
         steps = [
             select(finite, (group["lr"] * alpha * x).addcmul_(last, group["lr"] * mu), None)
             for (x, last), group in zip(pairs, problem.groups, strict=True)
@@ -156,10 +165,23 @@ class SelfTuningRule:
             "alpha": alpha,
             "momentum": mu,
             "loss": problem.loss,
-            "predicted_decrease": scale * promise - 0.5 * scale**2 * bend,
+            "predicted_decrease": _decrease(taken, slope, form),
         }
         buffers = [select(finite, new, old) for new, old in zip(steps, problem.buffers, strict=True)]
         return Plan(steps, buffers, [group["lr"] * alpha for group in problem.groups], None, finite, stats)
+
+
+def _bounded(weights: Tensor, kept: Tensor, slope: Tensor, form: Tensor, limit: Tensor) -> Tensor:
+    """`weights`, of which what exceeds `kept` is scaled down until the whole promises at most `limit`."""
+    kept = kept * quadratic.bounded_scale(-kept @ slope, kept @ form @ kept, limit)
+    added = weights - kept
+    room = limit - _decrease(kept, slope, form).clamp_min(0)
+    return kept + added * quadratic.bounded_scale(-added @ (slope + form @ kept), added @ form @ added, room)
+
+
+def _decrease(weights: Tensor, slope: Tensor, form: Tensor) -> Tensor:
+    """What the quadratic model promises for a step."""
+    return -weights @ slope - 0.5 * weights @ form @ weights
 
 
 def _gram(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
