@@ -7,6 +7,9 @@ READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := true
 
+# Test processes, each of one thread.
+JOBS ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help repro exp-show ui test test-all lint lock
 
@@ -36,10 +39,10 @@ ui: $(READY)  ## serve the MLflow UI of this repository on loopback
 	python -m pipeline.tracking ui
 
 test: lint  ## lint, then run the tests
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n $(JOBS)
 
 test-all: lint  ## the same with the slow tests
-	python -m pytest -m ''
+	OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) -m ''
 
 lint: $(READY)  ## ruff and mypy
 	ruff check .

@@ -117,6 +117,12 @@ class Batch:
     # vector must not run through them, which the wrapper would take for its own backward.
     crossings: list[tuple[GradientEdge, GradientEdge]] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        """Of dimension 0 of the output."""
+        first = self.output[0] if isinstance(self.output, tuple) else self.output
+        return first.shape[0] if first.dim() else 1
+
     def output_in(self, dtype: torch.dtype) -> Any:
         """`output` with its tensors in a dtype: under autocast they may be in half precision."""
         if isinstance(self.output, tuple):

@@ -7,6 +7,7 @@ weights are what the backward put on each criterion's value, so k micro-batches 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,7 +97,11 @@ class Collector:
         """The batches' weights put into their gradient rows, so that rows of several batches add up."""
         roots = [(part.weight / self.norm()).sqrt() for part in parts]
         return [
-            Rows({block: (a, g * root) for block, (a, g) in part.layers.items()}, torch.ones_like(root))
+            replace(
+                part,
+                layers={block: (a, g * root) for block, (a, g) in part.layers.items()},
+                weight=torch.ones_like(root),
+            )
             for part, root in zip(parts, roots, strict=True)
         ]
 
@@ -152,7 +157,7 @@ class Collector:
 
     def _vectors(self, fisher: str, batch: Batch, output: Any) -> list[Tensor]:
         if fisher == "exact":
-            return self._signed(batch, output, list(self.curvature.exact(output, batch.target)))
+            return self._signed(batch, list(self.curvature.exact(output, batch.target)))
         if fisher == "sampled":
             device = batch.calls[0].input.device
             return list(self.curvature.sampled(output, batch.target, self.samples, self.generator(device)))
@@ -162,24 +167,23 @@ class Collector:
         assert batch.gradient is not None
         return [batch.gradient.to(output.dtype) * math.sqrt(self.curvature.terms(output) if self.mean else 1)]
 
-    def _signed(self, batch: Batch, output: Any, vectors: list[Any]) -> list[Any]:
+    def _signed(self, batch: Batch, vectors: list[Any]) -> list[Any]:
         """Exact vectors with a random sign for each entry of the batch, where one vector serves entries that mix.
 
         That is where positions were flattened into the output's batch, or a layer saw no batch. The signs make the
         products between entries vanish in expectation and leave the others as they are.
         """
-        first = output[0] if isinstance(output, tuple) else output
-        n = first.shape[0] if first.dim() else 1
+        n = batch.size
         if all(call.input.dim() > 0 and call.input.shape[0] == n for call in batch.calls):
             return vectors
-        generator = self.generator(first.device)
+        generator = self.generator(batch.calls[0].input.device)
 
         def flip(vector: Tensor | None, sign: Tensor) -> Tensor | None:
             return None if vector is None else vector * sign.to(vector.dtype).reshape(n, *[1] * (vector.dim() - 1))
 
         signed: list[Any] = []
         for vector in vectors:
-            sign = torch.rand(n, generator=generator, device=first.device).round() * 2 - 1
+            sign = torch.rand(n, generator=generator, device=generator.device).round() * 2 - 1
             several = isinstance(vector, tuple)
             signed.append(tuple(flip(part, sign) for part in vector) if several else flip(vector, sign))
         return signed

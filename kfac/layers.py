@@ -189,8 +189,9 @@ class TiedEmbeddingBlock(LinearBlock):
     """An embedding whose weight is a decoder's too: V = weight, [1, tokens, width].
 
     The decoder's rows are those of a Linear layer. The embedding's are g = one-hot and a = the gradient at its output.
-    Each call's a has mean square norm 1, with g scaled inversely: the gradients g a^T stay, and factors of rows that
-    differ by orders of magnitude add up to a product with the right trace. Such rows are never reduced.
+    At every position the a of all vectors together have mean square norm 1, with g scaled inversely: the gradients g a^T
+    stay, and factors of rows that differ by orders of magnitude add up to a product with the right trace. Such rows are
+    never reduced.
     """
 
     kind = "tied"
@@ -207,7 +208,7 @@ class TiedEmbeddingBlock(LinearBlock):
             g = one_hot[:, None].expand(-1, a.shape[1], -1, -1, -1)
         else:
             a, g = inputs[:, None].expand(-1, arrived.shape[1], -1, -1, -1), arrived
-        size = a.square().sum(-1).mean().sqrt()
+        size = a.square().sum(-1, keepdim=True).mean(1, keepdim=True).sqrt()
         size = torch.where(size > 0, size, 1.0)
         return a / size, g * size
 

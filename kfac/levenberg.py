@@ -69,6 +69,8 @@ class LevenbergMarquardt:
         trust = self._curvature.trust
         trust = torch.ones_like(ratio) if trust is None else trust
         factor = torch.where(ratio > 0.75, OMEGA, torch.where(ratio >= 0.25, 1.0, 1 / OMEGA))
+        # At a minimum nothing is promised: no sign of a bad model.
+        factor = torch.where((predicted == 0) & (change == 0), 1.0, factor)
         self._curvature.trust = (trust * factor).clamp_min(SMALLEST_TRUST)
         good = change <= 0
         for parameter, old, _ in self._parameters:

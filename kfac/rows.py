@@ -56,10 +56,11 @@ def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
             continue  # a dead branch: the output does not depend on this call
         if len(gradients) < len(received):
             gradients = [torch.zeros_like(gradients[0]) if g is None else g for g in received]
-        calls.append((call.block, *call.block.rows(call.rows, gradients, call.module)))
+        call_rows = call.block.rows(call.rows, gradients, call.module)
+        calls.append((call.block, *_batch_first(*call_rows, batch.size)))
     if not calls:
         return Rows({}, weight)
-    usual, examples = _examples([(a, g) for _, a, g in calls])
+    usual, examples = _examples([(a, g) for _, a, g in calls], batch.size)
     aligned: dict[Block, list[tuple[Tensor | Patches, Tensor]]] = {}
     for block, a, g in calls:
         aligned.setdefault(block, []).append(_align(a, g, usual, examples))
@@ -79,11 +80,24 @@ def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
     return Rows({block: _side_by_side(written(a), g) for block, (a, g) in layers.items()}, weight, len(vectors))
 
 
-def _examples(calls: Sequence[tuple[Tensor | Patches, Tensor]]) -> tuple[int, int]:
-    """The usual size of dimension 0 over all calls, and the number of examples: what the calls that fit it share."""
+def _batch_first(a: Tensor | Patches, g: Tensor, size: int) -> tuple[Tensor | Patches, Tensor]:
+    """Rows of a call on [T, N, d], as attention and recurrent nets have it, with N before T; `size` is the output's."""
+    n, t = g.shape[2:4]
+    if isinstance(a, Patches) or n == 1 or n % size == 0 or t != size:
+        return a, g
+    lead = 2 if _differs(a) else 1
+    return a.transpose(lead, lead + 1), g.transpose(2, 3)
+
+
+def _examples(calls: Sequence[tuple[Tensor | Patches, Tensor]], size: int) -> tuple[int, int]:
+    """The usual size of dimension 0 over all calls, and the number of examples: what the calls that fit it share.
+
+    Usual is `size`, that of the output, where a call has it.
+    """
     sizes = [g.shape[2] for _, g in reversed(calls)]
     frequency = Counter(n for n in sizes if n > 1)
     usual = frequency.most_common(1)[0][0] if frequency else 1
+    usual = size if size in frequency else usual
     return usual, math.gcd(*[g.shape[2] for a, g in calls if _fits(a, g, usual)])
 
 

@@ -36,6 +36,7 @@ def send(model: nn.Module, inputs: Any, count: int = 2) -> tuple[rows.Rows, list
     arriving = [call.output for call in calls]
     batch = SimpleNamespace(
         calls=calls,
+        size=output.shape[0] if output.dim() else 1,
         send_back=lambda v: torch.autograd.grad(output, arriving, v, retain_graph=True, allow_unused=True),
     )
     with torch.no_grad():

@@ -40,7 +40,7 @@ def test_the_code_blocks_of_the_guide_run_in_order_without_a_warning(tmp_path, m
     names: dict = {"__name__": "guide"}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "KFAC: no curvature block for 1.value")  # the guide announces this one
+        warnings.filterwarnings("ignore", "KFAC: without a curvature block: 1.value")  # the guide announces this one
         torch.manual_seed(0)
         for line, code in found:
             # Empty lines before it, so that a traceback names the guide's own lines.

@@ -95,7 +95,8 @@ def test_sampled_step_tends_to_the_exact_step(name: str, optimizer: Any) -> None
     exact = truth.first_step(optimizer, problem.copy(), damping=damping * 0.03)
     sampled = truth.first_step(optimizer, problem, damping=damping * 0.03, fisher="sampled")
     every = truth.relative_error(truth.vector(sampled.values()), truth.vector(exact.values()))
-    assert 0 < every < 0.1
+    # The two-level step draws its coarse curvature on a quarter of the examples.
+    assert 0 < every < (0.2 if optimizer is GKFAC else 0.1)
 
 
 @pytest.mark.parametrize(

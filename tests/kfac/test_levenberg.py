@@ -149,7 +149,6 @@ class BatchSecond(nn.Module):
         return self.head(torch.tanh(self.first(value.transpose(0, 1)))).mean(0)
 
 
-@pytest.mark.xfail(strict=True, reason="where no layer sees the batch first, positions are taken for examples")
 @OPTIMIZERS
 def test_the_model_knows_the_examples_where_the_batch_is_the_second_dimension(optimizer: Any) -> None:
     """The network's output says how many examples there are."""
@@ -165,7 +164,6 @@ def test_the_model_knows_the_examples_where_the_batch_is_the_second_dimension(op
     assert float(used.stats["reduction_ratio"]) == pytest.approx(happened / promised, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="0 / 0 counts as a bad model: the damping rises at a minimum")
 @OPTIMIZERS
 def test_at_a_minimum_nothing_moves_and_the_damping_stays(optimizer: Any) -> None:
     """Nothing promised and nothing gained is no sign of a bad model."""

@@ -239,7 +239,7 @@ def test_a_bad_argument_is_refused_in_one_line_with_its_name_its_value_and_what_
 @pytest.mark.parametrize(
     "loss",
     [nn.L1Loss(), nn.CrossEntropyLoss(reduction="none"), torch.nn.functional.cross_entropy, "ce", None],
-    ids=repr,
+    ids=["l1", "reduction-none", "functional", "name", "none"],
 )
 def test_a_loss_without_known_curvature_is_refused_in_one_line(optimizer: Any, loss: Any) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
