@@ -40,6 +40,10 @@ class Collector:
         keeps_rows: bool,
     ):
         self.curvature = losses.curvature_of(criterion)
+        if fisher == "empirical" and not hasattr(self.curvature, "empirical"):
+            raise ValueError(
+                "fisher='empirical': the loss has no empirical(output, target); allowed: 'auto', 'exact', 'sampled'"
+            )
         self.mean = getattr(criterion, "reduction", "mean") != "sum"
         self.fisher, self.samples, self.keeps_rows = fisher, fisher_samples, keeps_rows
         self.generators = {generator.device: generator} if generator is not None else {}

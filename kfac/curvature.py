@@ -127,7 +127,8 @@ class Curvature:
         self._capture.active = bool(self.blocks) and (model_due or self._factors_due)
 
     def _due(self, last: int, interval: int | Callable[[int], int]) -> bool:
-        return last < 0 or self.step - last >= value_at(interval, self.step)
+        since = self.step - (last if last >= self.early_steps else 0)  # intervals are counted from the first step on
+        return last < 0 or since >= value_at(interval, self.step)
 
     def _receive(self, batch: Batch) -> bool:
         with self.phase("statistics"):

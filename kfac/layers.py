@@ -189,9 +189,9 @@ class TiedEmbeddingBlock(LinearBlock):
     """An embedding whose weight is a decoder's too: V = weight, [1, tokens, width].
 
     The decoder's rows are those of a Linear layer. The embedding's are g = one-hot and a = the gradient at its output.
-    At every position the a of all vectors together have mean square norm 1, with g scaled inversely: the gradients g a^T
-    stay, and factors of rows that differ by orders of magnitude add up to a product with the right trace. Such rows are
-    never reduced.
+    At every position the a of all vectors have mean square norm 1, with g scaled inversely: the gradients g a^T stay,
+    and factors of rows that differ by orders of magnitude add up to a product with the right trace. Such rows are never
+    reduced.
     """
 
     kind = "tied"

@@ -28,7 +28,7 @@ class LevenbergMarquardt:
         self._model, self._curvature = model, curvature
         self._random: list[Tensor] = []
         self._parameters: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
-        self._buffers: dict[nn.Parameter, Tensor] = {}
+        self._states: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     def due(self) -> bool:
         return self._curvature.step % INTERVAL == 0
@@ -46,7 +46,7 @@ class LevenbergMarquardt:
         """Before the step: keep what a step that is taken back restores."""
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         self._parameters = [(p, p.clone(), p.grad.clone()) for p in parameters if p.grad is not None]
-        self._buffers = {p: state[p]["momentum_buffer"] for p in parameters if "momentum_buffer" in state[p]}
+        self._states = {p: {name: entry.clone() for name, entry in state[p].items()} for p in parameters}
 
     def judge(
         self,
@@ -75,12 +75,11 @@ class LevenbergMarquardt:
         good = change <= 0
         for parameter, old, _ in self._parameters:
             parameter.copy_(torch.where(good, parameter, old))
-            if "momentum_buffer" in state[parameter]:
-                new = state[parameter]["momentum_buffer"]
-                kept = self._buffers.get(parameter)
-                state[parameter]["momentum_buffer"] = torch.where(good, new, 0.0 if kept is None else kept)
+            for name, entry in state[parameter].items():
+                if entry.device == good.device:  # AdamW's count lies on the host, and reading `good` there waits
+                    entry.copy_(torch.where(good, entry, self._states[parameter].get(name, torch.zeros_like(entry))))
         self._curvature.stats |= {"reduction_ratio": ratio, "rejected": 1.0 - good.to(ratio.dtype)}
-        self._parameters, self._buffers = [], {}
+        self._parameters, self._states = [], {}
 
     def _evaluate(self, closure: Callable[[], Any]) -> Tensor:
         """The closure's value at the new point; gradients, module buffers and random states stay as they were."""

@@ -39,7 +39,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         loss: the criterion that the training loop calls and minimises (see kfac.losses).
         lr: None for the self-tuning step; a number for the papers' fixed rule.
         momentum: coefficient of the fixed rule; it averages gradients before they are preconditioned. When self-tuning
-            the quadratic model chooses the coefficient in [0, 0.95], and 0 here switches it off.
+            the quadratic model chooses the coefficient in [0.6, 0.95], and 0 here switches it off.
         damping: absolute lambda, or a callable of the step; None for `relative_damping`. A group may have its own.
         relative_damping: lambda in units of the mean curvature per parameter, sum_l tr A_l tr G_l / sum_l numel_l, a
             number or a callable of the step.
@@ -48,8 +48,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         weight_decay: coefficient; decoupled (Loshchilov & Hutter 2019) or, with `decoupled_weight_decay=False`, part of
             the objective: it then enters gradient and damping.
         kl_clip: bound on lr^2 <direction, gradient> of the step really taken (fixed rule); None for no bound.
-        max_decrease: largest share of the present loss that a self-tuned step may promise to gain, reached over
-            `warmup` steps; 0.3 keeps classifiers from exploding and costs the autoencoder no steps.
+        max_decrease: largest share of the present loss that a self-tuned step may promise to gain; it grows from half
+            of this over `warmup` steps. 0.3 keeps classifiers from exploding.
         max_growth: largest ratio of the step size to its own running mean; against single batches that show no
             curvature.
         fisher: "exact", "sampled", "empirical", or "auto": exact up to 16 output numbers of an example, sampled beyond.
@@ -269,7 +269,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             lambda gs: curvature.directions(blocks, gs),
             finite,
             first_order,
-            curvature.dampings[blocks[0]] if blocks else finite.new_zeros(()),
+            [curvature.dampings[block] for block in blocks],
             form=curvature.quadratic_form,
             loss=collector.loss() if collector.losses else None,
             room=collector.room() if collector.losses else None,

@@ -22,9 +22,9 @@ from .layers import Block
 class Problem:
     """What a rule works on. Lists run over the layers of this step; matrices are [K, d_out, d_in].
 
-    `groups` are the layers' parameter groups, `buffers` their "momentum_buffer" (zeros at first), `solve` maps
-    gradients to natural gradients, `first_order` is the part of the KL clip's quadratic form that parameters without
-    a block add.
+    `groups` are the layers' parameter groups, `buffers` their "momentum_buffer" (zeros at first), `dampings` what is
+    added to their curvature, `solve` maps gradients to natural gradients, `first_order` is the part of the KL clip's
+    quadratic form that parameters without a block add.
     """
 
     blocks: list[Block]
@@ -34,7 +34,7 @@ class Problem:
     solve: Callable[[list[Tensor]], list[Tensor]]
     finite: Tensor
     first_order: Tensor
-    damping: Tensor
+    dampings: list[Tensor]
     form: Callable[[Mapping[Block, Sequence[Tensor]]], Tensor]
     loss: Tensor | None
     room: Tensor | None
@@ -105,18 +105,18 @@ class FixedRule:
         return Plan(steps, buffers, rates, torch.where(finite, factor, 0.0), finite, {"kl_clip": factor})
 
 
-LEAST_MOMENTUM, MOST_MOMENTUM = 0.5, 0.95
+LEAST_MOMENTUM, MOST_MOMENTUM = 0.6, 0.95
 
 
 class SelfTuningRule:
     """step = alpha x + mu last step, x minus the natural gradient.
 
     1. (alpha, mu) minimise the quadratic model of arXiv 1503.05671, section 7, over the box 0 <= alpha <= max_growth
-       times its running mean (and 1), 0.5 <= mu <= 0.95, with the curvature along both from vectors sampled for this
+       times its running mean (and 1), 0.6 <= mu <= 0.95, with the curvature along both from vectors sampled for this
        very batch. The batch sees in its own gradient more than there is for others, and asks for too little of the
-       last step, which came from them; so half of that is kept. Where even the best such step goes uphill, mu is 0.
-    2. What is added to the half is scaled down until the step promises at most `max_decrease` (reached over `warmup`
-       steps) times the loss above its floor.
+       last step, which came from them; so 0.6 of that is kept. Where even the best such step goes uphill, mu is 0.
+    2. What is added to the kept part is scaled down until the step promises at most a share of the loss above its
+       floor: half of `max_decrease` at first, all of it from step `warmup` on.
     """
 
     def __init__(self, max_decrease: float, warmup: int, max_growth: float):
@@ -134,7 +134,7 @@ class SelfTuningRule:
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None
         pairs = [(x.neg(), last) for x, last in zip(problem.solve(problem.gradients), problem.buffers, strict=True)]
-        form = problem.damping * _gram(pairs) + problem.form(dict(zip(problem.blocks, pairs, strict=True)))
+        form = _gram(pairs, problem.dampings) + problem.form(dict(zip(problem.blocks, pairs, strict=True)))
         slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, problem.gradients, strict=True)]
         slope = _totals(slopes)
         largest = form.new_ones(())
@@ -146,7 +146,7 @@ class SelfTuningRule:
         weights = quadratic.minimise_in_box(slope, form, lower, upper)
         alone = (-slope[0] / form[0, 0].clamp_min(torch.finfo(form.dtype).tiny)).clamp(lower[0], upper[0])
 
-        share = min(self.max_decrease, 0.02 + self.max_decrease * problem.step / max(self.warmup, 1))
+        share = self.max_decrease * min(1.0, 0.5 + 0.5 * problem.step / max(self.warmup, 1))
         limit = share * problem.room
         taken = _bounded(weights, lower, slope, form, limit)
         without = _bounded(torch.stack([alone, torch.zeros_like(alone)]), torch.zeros_like(lower), slope, form, limit)
@@ -184,9 +184,10 @@ def _decrease(weights: Tensor, slope: Tensor, form: Tensor) -> Tensor:
     return -weights @ slope - 0.5 * weights @ form @ weights
 
 
-def _gram(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Inner products of two vectors, given layer by layer, with each other: [2, 2]."""
-    uu, uv, vv = _totals([[quadratic.dot(u, u), quadratic.dot(u, v), quadratic.dot(v, v)] for u, v in pairs])
+def _gram(pairs: list[tuple[Tensor, Tensor]], weights: list[Tensor]) -> Tensor:
+    """Inner products of two vectors, given layer by layer, with each other, with a weight for each layer: [2, 2]."""
+    products = [[quadratic.dot(u, u), quadratic.dot(u, v), quadratic.dot(v, v)] for u, v in pairs]
+    uu, uv, vv = torch.stack(weights) @ torch.stack([torch.stack(row) for row in products])
     return torch.stack([uu, uv, uv, vv]).reshape(2, 2)
 
 
