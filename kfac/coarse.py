@@ -5,8 +5,8 @@ R0 the coarse solve. F enters by inner products of each example, s_nk = sum_t <g
 cross-layer curvature without a cross-layer matrix (Tselepidis, Kohler & Orvieto 2020, arXiv 2011.00573, has the
 Kronecker form).
 
-Vectors are lists of blocks [K, d_out, d_in]. Coarse vectors are stacked layer by layer: `spaces[l]` is
-[I, K, d_out, d_in], and column l * I + i belongs to its vector i.
+Vectors are lists of blocks [K, d_out, d_in]. Coarse vectors come layer by layer: `spaces[l]` are the I of layer l, each
+[K, d_out, d_in], and column l * I + i belongs to its vector i.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .quadratic import dot
 from .rows import Rows, row_products, row_sums, row_times
 
 Layers = Sequence[tuple[Tensor, Tensor] | None]  # for each layer rows a [K, N, T, d_in] and g [K, M, N, T, d_out]
+Spaces = Sequence[Sequence[Tensor]]
+MOST_ROWS = 1024  # of a layer whose inner products with each other are kept
 
 
 class Model:
@@ -47,9 +49,17 @@ class Model:
         layers = [[part.layers.get(block) for block in self.blocks] for part in kept]
         self._parts: list[Layers] = [part for part in layers if any(layer is not None for layer in part)]
 
-    def products(self, spaces: Sequence[Tensor]) -> list[Tensor]:
-        """For each part of the rows S [M * N, L * I], the inner products of every row with every coarse vector."""
-        return [products(layers, spaces) for layers in self._parts]
+    @property
+    def layers(self) -> Layers | None:
+        """The rows, where they are all of one part."""
+        return self._parts[0] if len(self._parts) == 1 else None
+
+    def products(self, spaces: Spaces, chosen: Sequence[int] | None = None) -> list[Tensor]:
+        """For each part of the rows S [M * N, L * I], the inner products of every row with every coarse vector.
+
+        `chosen` are the places of the L layers in `blocks`, all by default.
+        """
+        return [products(_of(layers, chosen), spaces, _count(layers)) for layers in self._parts]
 
     def constant_products(self) -> list[Tensor]:
         """The same for the constant vectors, cheaper."""
@@ -59,21 +69,58 @@ class Model:
         """V^T F W [C, C'] from the products of all rows with V [M * N, C] and with W [M * N, C']."""
         return self._sum([torch.stack([s.T @ t for s, t in zip(left, right, strict=True)]).sum(0)])[0]
 
-    def times(self, vectors: Sequence[Tensor], s: Sequence[Tensor]) -> list[Tensor]:
-        """(F + damping I) v, from the products [M * N, 1] of all rows with v."""
-        images = (curvature_times(*part, vectors) for part in zip(self._parts, s, strict=True))
+    def times(
+        self, vectors: Sequence[Tensor], s: Sequence[Tensor], chosen: Sequence[int] | None = None, damped: bool = False
+    ) -> list[Tensor]:
+        """F v or (F + damping I) v in the chosen layers, from the products [M * N, 1] of all rows with v."""
+        wanted = list(vectors) if chosen is None else [vectors[i] for i in chosen]
+        dampings = self.dampings if chosen is None else [self.dampings[i] for i in chosen]
+        parts = zip(self._parts, s, strict=True)
+        images = (curvature_times(_of(layers, chosen), column, wanted) for layers, column in parts)
         curved = self._sum(functools.reduce(total, images))
-        return [torch.addcmul(c, d, v) for c, d, v in zip(curved, self.dampings, vectors, strict=True)]
+        return [torch.addcmul(c, d, v) for c, d, v in zip(curved, dampings, wanted, strict=True)] if damped else curved
 
 
-def products(layers: Layers, spaces: Sequence[Tensor]) -> Tensor:
-    """S [M * N, L * I]: the inner product of every curvature row with every coarse vector."""
-    count = _count(layers)
+class Preconditioned:
+    """K^-1 F x without a solve, for rows with one position each and K = G (x) A of inverses that are known.
+
+    K^-1 sum_n s_n g_n a_n^T = sum_n s_n (G^-1 g_n)(A^-1 a_n)^T, and the inner products of the rows with it are P s with
+    P = (g G^-1 g^T) * (a A^-1 a^T), elementwise.
+
+    Args:
+        a: [1, N, 1, d_in]. g: [1, M, N, 1, d_out]. inverse_a, inverse_g: [1, d, d], or diagonals [1, d].
+    """
+
+    def __init__(self, a: Tensor, g: Tensor, inverse_a: Tensor, inverse_g: Tensor):
+        rows_a = a[:, None, :, 0].expand(*g.shape[:3], -1).flatten(1, 2)
+        rows_g = g.flatten(1, 3)
+        solved_a = linalg.apply(None, rows_a.to(inverse_a.dtype), inverse_a).to(a.dtype)
+        solved_g = linalg.apply(None, rows_g.to(inverse_g.dtype), inverse_g).to(g.dtype)
+        self._a, self._g = solved_a[0], solved_g[0]
+        self._kernel = (rows_g[0] @ self._g.T) * (rows_a[0] @ self._a.T)
+
+    @staticmethod
+    def serves(a: Tensor, g: Tensor) -> bool:
+        """Whether rows are few and have one position each."""
+        one = a.dim() == 4 and a.shape[0] == a.shape[2] == 1 and a.is_floating_point()
+        return one and g.shape[1:3].numel() <= MOST_ROWS
+
+    def times(self, s: Tensor) -> Tensor:
+        """[1, d_out, d_in], for s [M * N, 1]."""
+        return ((s * self._g).T @ self._a)[None]
+
+    def products(self, s: Tensor) -> Tensor:
+        """[M * N, 1]."""
+        return self._kernel @ s
+
+
+def products(layers: Layers, spaces: Spaces, count: int) -> Tensor:
+    """S [M * N, L * I]: the inner product of each of `count` curvature rows with every coarse vector."""
     columns = [
-        spaces[0].new_zeros(count, len(space)) if layer is None else row_products(*layer, space)
+        space[0].new_zeros(count, len(space)) if layer is None else row_products(*layer, space)
         for layer, space in zip(layers, spaces, strict=True)
     ]
-    return torch.cat(columns, dim=1)
+    return torch.cat(columns, dim=1) if columns else torch.empty(count, 0)
 
 
 def constant_products(layers: Layers, sizes: Sequence[int]) -> Tensor:
@@ -108,6 +155,10 @@ def kronecker_sums(layers: Layers, sizes: Sequence[int]) -> tuple[Tensor, Tensor
     ]
     a, g = torch.stack(sums_a, dim=1), torch.stack(sums_g, dim=1)
     return a.T @ a, torch.full_like(a[0, 0], n), g.T @ g
+
+
+def _of(layers: Layers, chosen: Sequence[int] | None) -> Layers:
+    return layers if chosen is None else [layers[i] for i in chosen]
 
 
 def _like(layers: Layers) -> Tensor:
@@ -164,22 +215,35 @@ def _leading(factor: Tensor, basis: Tensor | None, count: int) -> tuple[Tensor, 
     return ((vectors @ factor) * vectors).sum(-1), vectors
 
 
-def block_gram(spaces: Sequence[Tensor], dampings: Sequence[Tensor]) -> Tensor:
+def overlaps(spaces: Spaces) -> list[Tensor]:
+    """The inner products of each layer's coarse vectors, [I, I]."""
+    return [torch.stack([torch.stack([_dot(u, v) for v in space]) for u in space]) for space in spaces]
+
+
+def block_gram(overlaps: Sequence[Tensor], dampings: Sequence[Tensor]) -> Tensor:
     """R0 diag(damping) R0^T [L * I, L * I]: block-diagonal, since every coarse vector lives in one layer."""
-    flat = [space.flatten(1) for space in spaces]
-    return torch.block_diag(*[damping * (rows @ rows.T) for rows, damping in zip(flat, dampings, strict=True)])
+    return torch.block_diag(*[damping * own for own, damping in zip(overlaps, dampings, strict=True)])
 
 
-def restrict(spaces: Sequence[Tensor], vectors: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
+def restrict(spaces: Spaces, vectors: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
     """R0 v [L * I], or R0 diag(weights) v with a number for each layer."""
-    products = [space.flatten(1) @ v.flatten() for space, v in zip(spaces, vectors, strict=True)]
+    products = [torch.stack([_dot(u, v) for u in space]) for space, v in zip(spaces, vectors, strict=True)]
     return torch.cat([w * p for w, p in zip(weights, products, strict=True)] if weights else products)
 
 
-def prolong(spaces: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
-    """R0^T y, by blocks."""
-    width = spaces[0].shape[0]
-    return [torch.tensordot(y, space, dims=1) for y, space in zip(coefficients.split(width), spaces, strict=True)]
+def prolonged(vectors: Sequence[Tensor], spaces: Spaces, coefficients: Tensor) -> list[Tensor]:
+    """v + R0^T y, by blocks."""
+    moved = []
+    for v, space, own in zip(vectors, spaces, coefficients.split(len(spaces[0])), strict=True):
+        for u, y in zip(space, own, strict=True):
+            v = torch.addcmul(v, u, y)
+        moved.append(v)
+    return moved
+
+
+def _dot(u: Tensor, v: Tensor) -> Tensor:
+    """<u, v>; of one number that is expanded to all of u without writing it down."""
+    return dot(u, v) if any(u.stride()) else u.flatten()[0] * v.sum()
 
 
 def solve(coarse_curvature: Tensor, right_side: Tensor) -> Tensor:

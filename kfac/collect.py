@@ -29,6 +29,7 @@ class Collector:
         fisher, fisher_samples: as in `KroneckerOptimizer`.
         generator: source of sampled vectors; None is an own one for each device, seeded 0.
         keeps_rows: whether the rows of a statistics step are to be kept in `factor_rows`.
+        enough: where vectors are sampled, from so many examples on the factors are made of a part of the batch.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Collector:
         fisher_samples: int,
         generator: torch.Generator | None,
         keeps_rows: bool,
+        enough: int,
     ):
         self.curvature = losses.curvature_of(criterion)
         if fisher == "empirical" and not hasattr(self.curvature, "empirical"):
@@ -45,7 +47,7 @@ class Collector:
                 "fisher='empirical': the loss has no empirical(output, target); allowed: 'auto', 'exact', 'sampled'"
             )
         self.mean = getattr(criterion, "reduction", "mean") != "sum"
-        self.fisher, self.samples, self.keeps_rows = fisher, fisher_samples, keeps_rows
+        self.fisher, self.samples, self.keeps_rows, self.enough = fisher, fisher_samples, keeps_rows, enough
         self.generators = {generator.device: generator} if generator is not None else {}
         self.factors_due = self.model_due = self.exact_model = False
         self.clear()
@@ -152,6 +154,8 @@ class Collector:
             )
         if factor_rows is not None:
             mask = self.curvature.mask(output, target) if hasattr(self.curvature, "mask") else None
+            if fisher == "sampled" and factor_rows.layers:
+                factor_rows, mask = rows.thinned(factor_rows, mask, self.enough)
             self._accumulate(factor_rows, mask)
             if self.keeps_rows:
                 self.factor_rows.append(factor_rows.written())

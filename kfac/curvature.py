@@ -33,6 +33,8 @@ from .options import value_at
 from .rows import row_products
 from .state import BlockState, LayerCurvature
 
+AVERAGED_EXAMPLES = 10_000  # that a running average of sampled curvature holds before batches are thinned
+
 
 class Curvature:
     """Statistics, damping and preconditioners of all blocks of a model.
@@ -86,7 +88,8 @@ class Curvature:
         self.base_damping: Tensor | None = None
         self.dampings: dict[Block, Tensor] = {}
         loss = compiling.unwrapped(loss) if isinstance(loss, nn.Module) else loss
-        self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows)
+        enough = max(1, round(AVERAGED_EXAMPLES * (1 - stat_decay)))
+        self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows, enough)
         self._owner = owner
         self._factors_at = self._inverses_at = -1
         self._factors_due = self._inverses_due = False
@@ -283,6 +286,11 @@ class Curvature:
                 s = torch.stack(products).sum(0)
                 form = form + s.mT @ s * (rows.weight / self.collector.norm())
         return self.sum_over_ranks([form])[0]
+
+    @property
+    def distributed(self) -> bool:
+        """Whether several processes share the curvature."""
+        return self._capture.process_group is not None
 
     def sum_over_ranks(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors summed over the processes of `DistributedDataParallel`."""

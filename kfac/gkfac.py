@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from . import coarse, factors
 from .kfac import KroneckerMethod, bases_of
+from .later import select
 from .layers import Block
 from .optimizer import KroneckerOptimizer
 from .options import Options, check_names, check_options
-from .rows import MODEL_ROWS, Rows
+from .rows import MODEL_ROWS, Rows, spread
 from .state import BlockState
 
 if TYPE_CHECKING:
     from .curvature import Curvature
 
 LARGEST_STRIDE = 4  # of so many examples in a row at least one has a part in the coarse curvature
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class TwoLevelMethod(KroneckerMethod):
@@ -46,17 +46,19 @@ class TwoLevelMethod(KroneckerMethod):
         self._sums: dict[str, Tensor] = {}  # of the Kronecker form: averages over all blocks, and their count
         self._places: dict[Block, Tensor] = {}  # history: where layers were at the last call
         self._moves: dict[Block, Tensor] = {}  # history: and their last movements
-        self._fixed: tuple[list[Block], list[Tensor], list[Tensor]] | None = None
+        self._fixed: tuple[list[Block], coarse.Spaces, list[Tensor], list[Tensor]] | None = None
+        self._rows: dict[Block, coarse.Preconditioned] = {}  # krylov: the rows with the preconditioner applied
 
     def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
         failed = super().refresh(block, state, damping)
+        self._rows = {}
         if self.coarse_space == "spectral":
             state.solver["leading"] = coarse.leading_eigenvectors(state.A, state.G, *bases_of(state))
             self._fixed = None
         return failed
 
     def after_statistics(self, curvature: Curvature, rows: list[Rows], finite: Tensor) -> None:
-        self._kept, self._usable, self._fixed = _thinned(rows, finite), finite, None
+        self._kept, self._usable, self._fixed, self._rows = _thinned(rows, finite), finite, None, {}
         if self.coarse_fisher == "kronecker":
             self._average_sums(curvature, finite)
 
@@ -99,14 +101,18 @@ class TwoLevelMethod(KroneckerMethod):
         self, curvature: Curvature, model: coarse.Model, gradients: list[Tensor], x: list[Tensor]
     ) -> list[Tensor]:
         """The combination of x = K^-1 g and the coarse solve; C stands for F + damping I."""
-        of_layers = model.products([v[None] for v in x])
+        of_layers = model.products([[v] for v in x])
         of_x = [s.sum(1, keepdim=True) for s in of_layers]
-        spaces, products = self._space(curvature, model, gradients, x, of_layers)
+        spaces, products, overlaps = self._space(curvature, model, gradients, x, of_layers)
         gram = model.gram(products, [torch.cat(pair, dim=1) for pair in zip(products, of_x, strict=True)])
-        damping = coarse.block_gram(spaces, model.dampings)
+        damping = coarse.block_gram(overlaps, model.dampings)
         exact = damping + gram[:, :-1]
         restricted = coarse.restrict(spaces, gradients)
-        residual = restricted - gram[:, -1] - coarse.restrict(spaces, x, model.dampings)  # R0 (g - C x)
+        if self.coarse_space == "krylov":  # x is the sum of the first vectors
+            damped_x = damping[:, ::2].sum(1)
+        else:
+            damped_x = coarse.restrict(spaces, x, model.dampings)
+        residual = restricted - gram[:, -1] - damped_x  # R0 (g - C x)
         system = exact if self.coarse_fisher == "exact" else damping + self._kronecker_fisher(curvature, model)
 
         def solve(right_side: Tensor) -> Tensor:
@@ -114,16 +120,17 @@ class TwoLevelMethod(KroneckerMethod):
 
         if self.combination != "balanced":
             y = solve(residual if self.combination == "deflated" else restricted)
-            solution = coarse.total(x, coarse.prolong(spaces, y))
+            solution = coarse.prolonged(x, spaces, y)
             bent = exact @ y
             gain = residual @ y - 0.5 * y @ bent
         else:  # Q g + P^T K^-1 P g with P = I - C Q
             y = solve(restricted)
-            image = model.times(coarse.prolong(spaces, y), [s @ y[:, None] for s in products])
+            zeros = [torch.zeros_like(v) for v in x]
+            image = model.times(coarse.prolonged(zeros, spaces, y), [s @ y[:, None] for s in products], damped=True)
             z = super().directions(curvature, model.blocks, coarse.difference(gradients, image))
-            of_z = [s.sum(1, keepdim=True) for s in model.products([v[None] for v in z])]
+            of_z = [s.sum(1, keepdim=True) for s in model.products([[v] for v in z])]
             y = y - solve(model.gram(products, of_z)[:, 0] + coarse.restrict(spaces, z, model.dampings))
-            solution = coarse.total(z, coarse.prolong(spaces, y))
+            solution = coarse.prolonged(z, spaces, y)
             moved = coarse.difference(solution, x)
             of_moved = [s + p @ y[:, None] - t for s, p, t in zip(of_z, products, of_x, strict=True)]
             sides = [torch.cat(three, dim=1) for three in zip(products, of_x, of_moved, strict=True)]
@@ -142,39 +149,68 @@ class TwoLevelMethod(KroneckerMethod):
         gradients: list[Tensor],
         x: list[Tensor],
         of_x: list[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The coarse vectors of each layer [I, K, d_out, d_in], and the products of all rows with them.
+    ) -> tuple[coarse.Spaces, list[Tensor], list[Tensor]]:
+        """The coarse vectors, the products of all rows with them, and the inner products of each layer's.
 
         `of_x` are the products of all rows with the blocks of x.
         """
         if self.coarse_space in ("constant", "spectral"):
             return self._fixed_space(curvature, model, x)
-        if self.coarse_space == "history":
-            spaces = [self._moves.get(b, torch.zeros_like(v))[None] for b, v in zip(model.blocks, x, strict=True)]
-            return spaces, model.products(spaces)
-        curved = model.times(x, [s.sum(1, keepdim=True) for s in of_x])
+        if self.coarse_space == "krylov":
+            second, of_second = self._second(curvature, model, x, of_x)
+            spaces: coarse.Spaces = [list(pair) for pair in zip(x, second, strict=True)]
+            # Columns layer by layer, as the spaces are: x_1, second_1, x_2, ...
+            products = [torch.stack(pair, dim=2).flatten(1) for pair in zip(of_x, of_second, strict=True)]
+            return spaces, products, coarse.overlaps(spaces)
         if self.coarse_space == "residual":
+            curved = model.times(x, [s.sum(1, keepdim=True) for s in of_x], damped=True)
             residual = coarse.difference(gradients, curved)
-            spaces = [v[None] for v in super().directions(curvature, model.blocks, residual)]
-            return spaces, model.products(spaces)
-        second = super().directions(curvature, model.blocks, curved)
-        of_second = model.products([v[None] for v in second])
-        # Columns layer by layer, as the spaces are: x_1, second_1, x_2, ...
-        products = [torch.stack(pair, dim=2).flatten(1) for pair in zip(of_x, of_second, strict=True)]
-        return [torch.stack(pair) for pair in zip(x, second, strict=True)], products
+            spaces = [[v] for v in super().directions(curvature, model.blocks, residual)]
+        else:
+            spaces = [[self._moves.get(b, torch.zeros_like(v))] for b, v in zip(model.blocks, x, strict=True)]
+        return spaces, model.products(spaces), coarse.overlaps(spaces)
+
+    def _second(
+        self, curvature: Curvature, model: coarse.Model, x: list[Tensor], of_x: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """K^-1 F x, and the products of all rows with its blocks."""
+        s = [p.sum(1, keepdim=True) for p in of_x]
+        ready = self._preconditioned_rows(curvature, model)
+        rest = [i for i, rows in enumerate(ready) if rows is None]
+        curved = model.times(x, s, rest)
+        solved = super().directions(curvature, [model.blocks[i] for i in rest], curved)
+        of_solved = model.products([[v] for v in solved], rest)
+        second = dict(zip(rest, solved, strict=True))
+        columns = [dict(zip(rest, part.unbind(1), strict=True)) for part in of_solved]
+        for i, rows in enumerate(ready):
+            if rows is not None:
+                second[i] = rows.times(s[0])
+                columns[0][i] = rows.products(s[0])[:, 0]
+        order = range(len(x))
+        return [second[i] for i in order], [torch.stack([part[i] for i in order], dim=1) for part in columns]
+
+    def _preconditioned_rows(self, curvature: Curvature, model: coarse.Model) -> list[coarse.Preconditioned | None]:
+        """For each layer its rows with the preconditioner applied, where that is possible and saves a solve."""
+        if model.layers is None or self.solver != "cholesky" or curvature.distributed:
+            return [None] * len(model.blocks)
+        for block, layer in zip(model.blocks, model.layers, strict=True):
+            if block not in self._rows and layer is not None and coarse.Preconditioned.serves(*layer):
+                solver = curvature.states[block].solver
+                self._rows[block] = coarse.Preconditioned(*layer, solver["inverse_a"], solver["inverse_g"])
+        return [self._rows.get(block) for block in model.blocks]
 
     def _fixed_space(
         self, curvature: Curvature, model: coarse.Model, x: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The spaces that stay until new statistics or new factors come, and with them the products."""
+    ) -> tuple[coarse.Spaces, list[Tensor], list[Tensor]]:
+        """The spaces that stay until new statistics or new factors come, and with them what `_space` returns."""
         if self._fixed is None or self._fixed[0] != model.blocks:
             if self.coarse_space == "constant":
-                spaces = [v.new_full((), v.numel() ** -0.5).expand(1, *v.shape) for v in x]
+                spaces: coarse.Spaces = [[v.new_full((), v.numel() ** -0.5).expand(v.shape)] for v in x]
                 products = model.constant_products()
             else:
-                spaces = [curvature.states[block].solver["leading"] for block in model.blocks]
+                spaces = [list(curvature.states[block].solver["leading"]) for block in model.blocks]
                 products = model.products(spaces)
-            self._fixed = model.blocks, spaces, products
+            self._fixed = model.blocks, spaces, products, coarse.overlaps(spaces)
         return self._fixed[1:]
 
     def _kronecker_fisher(self, curvature: Curvature, model: coarse.Model) -> Tensor:
@@ -201,21 +237,19 @@ class TwoLevelMethod(KroneckerMethod):
         self._sums = {name: value.to(device, copy=True) for name, value in saved["sums"].items()}
         self._places = {blocks[name]: value.to(device) for name, value in saved["places"].items()}
         self._moves = {blocks[name]: value.to(device) for name, value in saved["moves"].items()}
-        self._fixed = None
+        self._fixed, self._rows = None, {}
 
 
 def _thinned(parts: list[Rows], finite: Tensor) -> list[Rows]:
     """One example of every s in a row over all batches, scaled to stand for all; s <= 4, and `MODEL_ROWS` are left.
 
-    Which one follows the golden ratio, so that neither order nor period of the examples matters. Copies, since a user
-    may write into an input tensor again; zeros unless `finite`.
+    Copies, since a user may write into an input tensor again; zeros unless `finite`.
     """
     parts = [part for part in parts if part.layers]
     sizes = [next(iter(part.layers.values()))[1].shape[2] for part in parts]
     examples = sum(sizes)
     stride = max(1, min(LARGEST_STRIDE, examples // MODEL_ROWS))
-    chosen = [first + int(i * GOLDEN_RATIO % 1 * stride) for i, first in enumerate(range(0, examples, stride))]
-    chosen = [i for i in chosen if i < examples]
+    chosen = spread(examples, stride)
     scale = math.sqrt(examples / len(chosen))
     thinned, start = [], 0
     for part, size in zip(parts, sizes, strict=True):
@@ -224,7 +258,7 @@ def _thinned(parts: list[Rows], finite: Tensor) -> list[Rows]:
         if len(own):
             own = own.to(finite.device, non_blocking=True)
             layers = {
-                block: (torch.where(finite, a[:, own], 0), torch.where(finite, g[:, :, own] * scale, 0.0))
+                block: (select(finite, a[:, own], None), select(finite, g[:, :, own] * scale, None))
                 for block, (a, g) in part.layers.items()
             }
             thinned.append(Rows(layers, part.weight))
@@ -237,7 +271,7 @@ class GKFAC(KroneckerOptimizer):
     Args:
         model, loss, solver, **options: see `KFAC` and `KroneckerOptimizer`.
         coarse_space: rows of R0, each within one layer, so that cross-layer curvature enters by E alone.
-            "krylov": in every layer the blocks of x and of K^-1 C x: a step size of each layer and a second Krylov
+            "krylov": in every layer the blocks of x and of K^-1 F x: a step size of each layer and a second Krylov
             vector.
             "constant": ones, the space of arXiv 2011.00573.
             "residual": the blocks of K^-1 r with r = g - C x.
@@ -251,8 +285,8 @@ class GKFAC(KroneckerOptimizer):
         coarse_fisher: "exact": inner products of each example. "kronecker": sums of cross-layer factors as in arXiv
             2011.00573, for the constant space; only in E.
 
-    F is that of the last statistics step, of all examples up to 511, then of one in two, from 768 of one in three, from
-    1024 of one in four.
+    F is that of the last statistics step, of all examples up to 499, then of one in two, from 750 of one in three, from
+    1000 of one in four.
 
     `stats` has, by this F, `coarse_gain`, the decrease of the quadratic model 1/2 x^T C x - g^T x from K-FAC's x to the
     solution, and `coarse_residual`, the norm of R0 (g - C solution) over that of R0 (g - C x): 0 for "deflated" and

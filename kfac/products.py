@@ -109,6 +109,10 @@ class Patches:
         """Those of the first `count` examples."""
         return Patches(self.x[:count], self.bias)
 
+    def of(self, examples: Tensor) -> Patches:
+        """Those of some examples, by their places."""
+        return Patches(self.x[examples], self.bias)
+
     def outer_sum(self, keep: Tensor | None) -> Tensor:
         """Sum of a a^T over all rows, times 0 or 1 for each example in `keep` [N]: [1, d_in, d_in]."""
         x = self.x if keep is None else self.x * keep[:, None, None, None]

@@ -20,7 +20,8 @@ from .capture import Batch
 from .layers import Block
 from .products import Patches, gram, outer_sum
 
-MODEL_ROWS = 256  # examples that the quadratic model uses at least, before it takes a quarter of the batch
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+MODEL_ROWS = 250  # examples that the quadratic model uses at least, before it takes a quarter of the batch
 
 
 @dataclass
@@ -157,6 +158,30 @@ def quarter(rows: Rows) -> Rows:
             a, g = a.first(kept) if isinstance(a, Patches) else a[:, :kept], g[:, :, :kept] * math.sqrt(examples / kept)
         layers[block] = (a, g)
     return Rows(layers, rows.weight, rows.vectors)
+
+
+def thinned(rows: Rows, mask: Tensor | None, enough: int) -> tuple[Rows, Tensor | None]:
+    """One example of every few, so that at least `enough` are left, scaled to stand for all; and the same of a mask."""
+    n = next(iter(rows.layers.values()))[1].shape[2]
+    stride = n // enough
+    if rows.vectors > 1 or stride < 2:
+        return rows, mask
+    chosen = spread(n, stride)
+    index = torch.tensor(chosen).to(rows.weight.device, non_blocking=True)
+    layers = {
+        block: (a.of(index) if isinstance(a, Patches) else a[:, index], g[:, :, index].mul_(math.sqrt(n / len(chosen))))
+        for block, (a, g) in rows.layers.items()
+    }
+    if mask is not None and mask.numel() % n == 0:
+        mask = mask.reshape(n, -1)[index]
+    return Rows(layers, rows.weight), mask
+
+
+def spread(count: int, stride: int) -> list[int]:
+    """One place of every `stride` in a row; which one follows the golden ratio, so that no period of the examples and
+    no order of them matters."""
+    places = [first + int(i * GOLDEN_RATIO % 1 * stride) for i, first in enumerate(range(0, count, stride))]
+    return [place for place in places if place < count]
 
 
 def moments(

@@ -10,13 +10,20 @@ import torch
 from cases import BY_NAME, LOSSES, WEIGHTED_LOSSES, Case, Problem
 from torch import Tensor, nn
 
-from kfac import EKFAC, GKFAC, KFAC
+from kfac import EKFAC, GKFAC, KFAC, curvature
+from kfac.losses import curvature_of
 
 SAMPLED = [f"mlp-{loss}" for loss in (*LOSSES, *WEIGHTED_LOSSES)] + [
     "convnet-stride",
     "tokens-mse",
     "pixelwise-classes",
 ]
+
+
+@pytest.fixture(autouse=True)
+def whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws of every example count here; batches in parts have a test of their own."""
+    monkeypatch.setattr(curvature, "AVERAGED_EXAMPLES", 10**9)
 
 
 def repeated(problem: Problem, times: int) -> Problem:
@@ -95,7 +102,7 @@ def test_sampled_step_tends_to_the_exact_step(name: str, optimizer: Any) -> None
     exact = truth.first_step(optimizer, problem.copy(), damping=damping * 0.03)
     sampled = truth.first_step(optimizer, problem, damping=damping * 0.03, fisher="sampled")
     every = truth.relative_error(truth.vector(sampled.values()), truth.vector(exact.values()))
-    # The two-level step draws its coarse curvature on a quarter of the examples.
+    # The coarse curvature is of a quarter of the examples.
     assert 0 < every < (0.2 if optimizer is GKFAC else 0.1)
 
 
@@ -177,3 +184,54 @@ def test_ignored_rows_leave_the_input_factor_too() -> None:
     assert isinstance(first, nn.Linear)
     expected = truth.input_factor(first, problem.inputs[:4])[0]
     assert truth.relative_error(optimizer.curvature()["0"].A, expected) < 1e-8
+
+
+def undrawn(criterion: nn.Module) -> nn.Module:
+    """A criterion whose "sampled" vectors are its exact ones, so that no draw hides what else differs."""
+    kind = curvature_of(criterion)
+    for member in ("floor", "outputs", "exact", "empirical", "terms", "mask"):
+        if hasattr(kind, member):
+            setattr(criterion, member, getattr(kind, member))
+    criterion.sampled = lambda output, target, samples, generator: kind.exact(output, target)  # type: ignore[assignment]
+    return criterion
+
+
+@pytest.mark.parametrize("optimizer", [KFAC, EKFAC])
+@pytest.mark.parametrize("name", ["mlp-mse-sum", "mlp-ce-mean", "convnet-plain", "tokens-mse", "pixelwise-classes"])
+def test_many_examples_are_stood_for_by_one_of_every_few(
+    name: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every example three times in a row, of which one makes the factors: they are those of all."""
+    problem = BY_NAME[name].make()
+    problem.inputs, problem.targets = (x.repeat_interleave(3, 0) for x in (problem.inputs, problem.targets))
+    problem.criterion = undrawn(problem.criterion)
+    count = len(problem.inputs)
+    steps = []
+    for enough in (10**9, count // 3):
+        monkeypatch.setattr(curvature, "AVERAGED_EXAMPLES", 20 * enough)  # an average of decay 0.95 holds 20 batches
+        used = truth.start(optimizer, copy := problem.copy(), damping=0.1, fisher="sampled", stat_decay=0.95)
+        assert used._curvature.collector.enough == enough
+        steps.append(truth.vector(truth.step(used, copy).values()))
+    assert truth.relative_error(*steps) < 1e-10
+
+
+def test_a_part_of_the_examples_has_no_period_and_no_order_in_common_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six examples over and over, then sorted: a part of them has nearly equal numbers of each."""
+    monkeypatch.setattr(curvature, "AVERAGED_EXAMPLES", 20 * 100)
+    problem = BY_NAME["mlp-mse-mean"].make()
+    exact = truth.factors(problem)
+    orders = [
+        repeated(problem, 100),
+        Problem(
+            problem.model, problem.criterion, *(x.repeat_interleave(100, 0) for x in (problem.inputs, problem.targets))
+        ),
+    ]
+    for many in orders:
+        many.criterion = undrawn(many.criterion)
+        used = truth.start(KFAC, many, damping=1.0, lr=0.0, fisher="sampled", stat_decay=0.95)
+        truth.step(used, many)
+        for layer, (a, g) in exact.items():
+            assert truth.relative_error(used.curvature()[layer].A, a.reshape(used.curvature()[layer].A.shape)) < 0.1
+            assert truth.relative_error(used.curvature()[layer].G, g.reshape(used.curvature()[layer].G.shape)) < 0.1

@@ -60,7 +60,7 @@ class Dense:
         if name == "spectral":  # eigenvalues may coincide: the choice is proved in test_coarse_spaces.py
             found = [coarse.leading_eigenvectors(a, g).flatten(2) for a, g in self.factors.values()]
             return torch.cat([self.by_layer(self.as_vector([vectors[i] for vectors in found])) for i in range(2)])
-        return torch.cat([self.by_layer(self.x), self.by_layer(self.kfac(self.damped @ self.x))])
+        return torch.cat([self.by_layer(self.x), self.by_layer(self.kfac(self.fisher @ self.x))])
 
     def as_vector(self, matrices: list[Tensor]) -> Tensor:
         """One matrix a layer, in any shape of [K, d_out, d_in], as one vector."""
