@@ -33,7 +33,7 @@ from .options import value_at
 from .rows import row_products
 from .state import BlockState, LayerCurvature
 
-AVERAGED_EXAMPLES = 10_000  # that a running average of sampled curvature holds before batches are thinned
+AVERAGED_EXAMPLES = 5_000  # that a running average of sampled curvature holds before batches are thinned
 
 
 class Curvature:

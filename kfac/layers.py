@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 
@@ -142,7 +141,11 @@ class MatrixBlock(Block):
         return matrix.reshape(self.parameters[0].shape)
 
     def _with_ones(self, rows: Tensor) -> Tensor:
-        return F.pad(rows, (0, 1), value=1.0) if self.has_bias else rows
+        if not self.has_bias:
+            return rows
+        longer = rows.new_empty(*rows.shape[:-1], rows.shape[-1] + 1)
+        longer[..., :-1], longer[..., -1] = rows, 1.0
+        return longer
 
 
 class LinearBlock(MatrixBlock):

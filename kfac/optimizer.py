@@ -42,9 +42,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             the quadratic model chooses the coefficient in [0.6, 0.95], and 0 here switches it off.
         damping: absolute lambda, or a callable of the step; None for `relative_damping`. A group may have its own.
         relative_damping: lambda in units of the mean curvature per parameter, sum_l tr A_l tr G_l / sum_l numel_l, a
-            number or a callable of the step.
-            It has no unit, so 0.5 serves all losses, reductions and widths (found on a deep autoencoder, holds on
-            classifiers).
+            number or a callable of the step. It has no unit, so 0.5 serves all losses, reductions and widths (found on
+            a deep autoencoder, holds on classifiers).
         weight_decay: coefficient; decoupled (Loshchilov & Hutter 2019) or, with `decoupled_weight_decay=False`, part of
             the objective: it then enters gradient and damping.
         kl_clip: bound on lr^2 <direction, gradient> of the step really taken (fixed rule); None for no bound.
@@ -53,6 +52,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         max_growth: largest ratio of the step size to its own running mean; against single batches that show no
             curvature.
         fisher: "exact", "sampled", "empirical", or "auto": exact up to 16 output numbers of an example, sampled beyond.
+            Sampled factors of a large batch are of a part of it: so much that the running averages hold 5,000 examples
+            (250 of a batch with `stat_decay=0.95`).
         fisher_samples: vectors drawn for an example when sampling.
         stat_decay: running average of the factors; None is 0.8 when self-tuning and 0.95 with `lr`.
         factor_interval: steps between updates of the factors (or a callable of the step); None is 5, and 10 with `lr`.

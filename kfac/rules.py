@@ -23,8 +23,8 @@ class Problem:
     """What a rule works on. Lists run over the layers of this step; matrices are [K, d_out, d_in].
 
     `groups` are the layers' parameter groups, `buffers` their "momentum_buffer" (zeros at first), `dampings` what is
-    added to their curvature, `solve` maps gradients to natural gradients, `first_order` is the part of the KL clip's
-    quadratic form that parameters without a block add.
+    added to their curvature, `solve` maps gradients to natural gradients in new tensors, `first_order` is the part of
+    the KL clip's quadratic form that parameters without a block add.
     """
 
     blocks: list[Block]
@@ -99,7 +99,9 @@ class FixedRule:
                 tiny = torch.finfo(promise.dtype).tiny
                 factor = torch.minimum(factor, self.room.to(factor.dtype) / promise.abs().clamp_min(tiny))
         finite = problem.finite & factor.isfinite()
-        steps = [select(finite, -group["lr"] * factor * x, None) for x, group in zip(directions, groups, strict=True)]
+        steps = [
+            select(finite, x.mul_(-group["lr"] * factor), None) for x, group in zip(directions, groups, strict=True)
+        ]
         buffers = [select(finite, new, old) for new, old in zip(buffers, problem.buffers, strict=True)]
         rates = [group["lr"] for group in groups]
         return Plan(steps, buffers, rates, torch.where(finite, factor, 0.0), finite, {"kl_clip": factor})
@@ -133,7 +135,7 @@ class SelfTuningRule:
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None
-        pairs = [(x.neg(), last) for x, last in zip(problem.solve(problem.gradients), problem.buffers, strict=True)]
+        pairs = [(x.neg_(), last) for x, last in zip(problem.solve(problem.gradients), problem.buffers, strict=True)]
         form = _gram(pairs, problem.dampings) + problem.form(dict(zip(problem.blocks, pairs, strict=True)))
         slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, problem.gradients, strict=True)]
         slope = _totals(slopes)
@@ -158,7 +160,7 @@ class SelfTuningRule:
 
         alpha, mu = taken
         steps = [
-            select(finite, (group["lr"] * alpha * x).addcmul_(last, group["lr"] * mu), None)
+            select(finite, x.mul_(group["lr"] * alpha).addcmul_(last, group["lr"] * mu), None)
             for (x, last), group in zip(pairs, problem.groups, strict=True)
         ]
         stats = {
