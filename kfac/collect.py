@@ -16,6 +16,7 @@ from torch import Tensor
 from . import distributed, losses, rows
 from .capture import Batch
 from .layers import Block
+from .precision import rounded_products
 from .rows import Rows
 
 EXACT_OUTPUTS = 16  # fisher="auto": exact curvature vectors up to this many output numbers of an example
@@ -30,6 +31,7 @@ class Collector:
         generator: source of sampled vectors; None is an own one for each device, seeded 0.
         keeps_rows: whether the rows of a statistics step are to be kept in `factor_rows`.
         enough: where vectors are sampled, from so many examples on the factors are made of a part of the batch.
+        rounds: where vectors are sampled, products of statistics may round to bfloat16.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Collector:
         generator: torch.Generator | None,
         keeps_rows: bool,
         enough: int,
+        rounds: bool,
     ):
         self.curvature = losses.curvature_of(criterion)
         if fisher == "empirical" and not hasattr(self.curvature, "empirical"):
@@ -48,6 +51,7 @@ class Collector:
             )
         self.mean = getattr(criterion, "reduction", "mean") != "sum"
         self.fisher, self.samples, self.keeps_rows, self.enough = fisher, fisher_samples, keeps_rows, enough
+        self.rounds, self.rounding = rounds, False
         self.generators = {generator.device: generator} if generator is not None else {}
         self.factors_due = self.model_due = self.exact_model = False
         self.clear()
@@ -120,11 +124,16 @@ class Collector:
         """Take a batch's curvature; False where its output does not depend on the layers that were called."""
         if not batch.calls:
             return False
+        many = self.curvature.outputs(batch.output) > EXACT_OUTPUTS
+        fisher = ("sampled" if many else "exact") if self.fisher == "auto" else self.fisher
+        self.rounding = self.rounds and fisher == "sampled"
+        with rounded_products(self.rounding):
+            return self._receive(batch, fisher, many)
+
+    def _receive(self, batch: Batch, fisher: str, many: bool) -> bool:
         dtype, device = batch.calls[0].block.dtype, batch.calls[0].input.device
         output, target = batch.output_in(dtype), batch.target
         weight = torch.ones((), device=device, dtype=dtype) if batch.weight is None else batch.weight.to(dtype)
-        many = self.curvature.outputs(output) > EXACT_OUTPUTS
-        fisher = ("sampled" if many else "exact") if self.fisher == "auto" else self.fisher
         factor_rows = model_rows = None
         if self.factors_due:
             factor_rows = rows.send_back(batch, self._vectors(fisher, batch, output), weight)

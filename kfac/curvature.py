@@ -30,6 +30,7 @@ from .layers import Block
 from .linalg import diagonal
 from .method import Method
 from .options import value_at
+from .precision import rounded_products
 from .rows import row_products
 from .state import BlockState, LayerCurvature
 
@@ -89,7 +90,8 @@ class Curvature:
         self.dampings: dict[Block, Tensor] = {}
         loss = compiling.unwrapped(loss) if isinstance(loss, nn.Module) else loss
         enough = max(1, round(AVERAGED_EXAMPLES * (1 - stat_decay)))
-        self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows, enough)
+        rounds = method.dtype == torch.bfloat16
+        self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows, enough, rounds)
         self._owner = owner
         self._factors_at = self._inverses_at = -1
         self._factors_due = self._inverses_due = False
@@ -279,9 +281,9 @@ class Curvature:
         first = next(iter(directions.values()))
         form = first[0].new_zeros(len(first), len(first))
         for rows in self.collector.model_rows:
-            products = [
-                row_products(a, g, directions[block]) for block, (a, g) in rows.layers.items() if block in directions
-            ]
+            shared = [(block, *pair) for block, pair in rows.layers.items() if block in directions]
+            with rounded_products(self.collector.rounding):
+                products = [row_products(a, g, directions[block]) for block, a, g in shared]
             if products:
                 s = torch.stack(products).sum(0)
                 form = form + s.mT @ s * (rows.weight / self.collector.norm())

@@ -19,6 +19,7 @@ class Method:
     """Base of the preconditioners: `refresh` and `solve`, and `directions` where layers are not solved one by one."""
 
     keeps_rows = False  # whether rows of a statistics step are needed for more than the factors
+    dtype: torch.dtype | None = None  # of the products that precondition, None for the parameters' own
 
     def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
         """Renew `state.solver` from the averages; returns 1 where that failed, else 0 (0-dimensional)."""

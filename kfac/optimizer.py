@@ -39,7 +39,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         loss: the criterion that the training loop calls and minimises (see kfac.losses).
         lr: None for the self-tuning step; a number for the papers' fixed rule.
         momentum: coefficient of the fixed rule; it averages gradients before they are preconditioned. When self-tuning
-            the quadratic model chooses the coefficient in [0.6, 0.95], and 0 here switches it off.
+            the quadratic model chooses the coefficient in [0.4, 0.95], and 0 here switches it off.
         damping: absolute lambda, or a callable of the step; None for `relative_damping`. A group may have its own.
         relative_damping: lambda in units of the mean curvature per parameter, sum_l tr A_l tr G_l / sum_l numel_l, a
             number or a callable of the step. It has no unit, so 0.5 serves all losses, reductions and widths (found on
@@ -47,8 +47,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         weight_decay: coefficient; decoupled (Loshchilov & Hutter 2019) or, with `decoupled_weight_decay=False`, part of
             the objective: it then enters gradient and damping.
         kl_clip: bound on lr^2 <direction, gradient> of the step really taken (fixed rule); None for no bound.
-        max_decrease: largest share of the present loss that a self-tuned step may promise to gain; it grows from half
-            of this over `warmup` steps. 0.3 keeps classifiers from exploding.
+        max_decrease: largest share of the present loss that a self-tuned step may promise to gain; it grows from
+            three quarters of this over `warmup` steps. 0.3 keeps classifiers from exploding.
         max_growth: largest ratio of the step size to its own running mean; against single batches that show no
             curvature.
         fisher: "exact", "sampled", "empirical", or "auto": exact up to 16 output numbers of an example, sampled beyond.
@@ -59,7 +59,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         factor_interval: steps between updates of the factors (or a callable of the step); None is 5, and 10 with `lr`.
         inverse_interval: steps between inverses; None is 10, and 100 with `lr`.
         preconditioning_dtype: dtype of the two products that precondition, torch.bfloat16 or its name; None keeps the
-            parameters' own.
+            parameters' own. With bfloat16 a CPU also rounds to it what it multiplies for sampled statistics.
         generator: source of the sampled vectors; None is an own one for each device, seeded 0.
         groups: parameter groups as in torch, dicts with "params" and any of "lr", "momentum", "weight_decay",
             "damping"; "first_order": True gives a group to AdamW. Parameters in none are in a default group. A layer
