@@ -25,7 +25,6 @@ from .rows import Rows, row_products, row_sums, row_times
 
 Layers = Sequence[tuple[Tensor, Tensor] | None]  # for each layer rows a [K, N, T, d_in] and g [K, M, N, T, d_out]
 Spaces = Sequence[Sequence[Tensor]]
-MOST_ROWS = 1024  # of a layer whose inner products with each other are kept
 
 
 class Model:
@@ -101,9 +100,10 @@ class Preconditioned:
 
     @staticmethod
     def serves(a: Tensor, g: Tensor) -> bool:
-        """Whether rows are few and have one position each."""
+        """Whether rows have one position each and are so few that their products with each other cost less than V a."""
         one = a.dim() == 4 and a.shape[0] == a.shape[2] == 1 and a.is_floating_point()
-        return one and g.shape[1:3].numel() <= MOST_ROWS
+        d_in, d_out = a.shape[-1], g.shape[-1]
+        return one and g.shape[1:3].numel() * (d_in + d_out) <= d_in * d_out
 
     def times(self, s: Tensor) -> Tensor:
         """[1, d_out, d_in], for s [M * N, 1]."""

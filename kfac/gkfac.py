@@ -27,6 +27,7 @@ class TwoLevelMethod(KroneckerMethod):
     """K-FAC's solve and a coarse one; arguments as in `GKFAC`."""
 
     keeps_rows = True
+    least_momentum = 0.0  # the coarse solve fits the batch's noise too, of which momentum would keep more
 
     def __init__(
         self,

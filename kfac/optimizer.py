@@ -39,7 +39,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         loss: the criterion that the training loop calls and minimises (see kfac.losses).
         lr: None for the self-tuning step; a number for the papers' fixed rule.
         momentum: coefficient of the fixed rule; it averages gradients before they are preconditioned. When self-tuning
-            the quadratic model chooses the coefficient in [0.4, 0.95], and 0 here switches it off.
+            the quadratic model chooses the coefficient in [0.3, 0.95] ([0, 0.95] for `GKFAC`), and 0 here switches it
+            off.
         damping: absolute lambda, or a callable of the step; None for `relative_damping`. A group may have its own.
         relative_damping: lambda in units of the mean curvature per parameter, sum_l tr A_l tr G_l / sum_l numel_l, a
             number or a callable of the step. It has no unit, so 0.5 serves all losses, reductions and widths (found on
@@ -48,7 +49,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             the objective: it then enters gradient and damping.
         kl_clip: bound on lr^2 <direction, gradient> of the step really taken (fixed rule); None for no bound.
         max_decrease: largest share of the present loss that a self-tuned step may promise to gain; it grows from
-            three quarters of this over `warmup` steps. 0.3 keeps classifiers from exploding.
+            half of this over `warmup` steps. 0.3 keeps classifiers from exploding.
         max_growth: largest ratio of the step size to its own running mean; against single batches that show no
             curvature.
         fisher: "exact", "sampled", "empirical", or "auto": exact up to 16 output numbers of an example, sampled beyond.
@@ -150,7 +151,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "loss: its floor is None, and the self-tuning step bounds its promise by the loss; "
                 "allowed: a loss with a smallest value, or lr=<number>"
             )
-        self._rule = SelfTuningRule(max_decrease, warmup, max_growth) if tuned else FixedRule(kl_clip)
+        self._rule = (
+            SelfTuningRule(max_decrease, warmup, max_growth, self._method.least_momentum)
+            if tuned
+            else FixedRule(kl_clip)
+        )
         self._levenberg = LevenbergMarquardt(model, self._curvature) if adapt_damping else None
         self._fallback = Fallback(weight_decay)
         split = param_groups.split(given, self.blocks, model, self._fallback)

@@ -107,22 +107,24 @@ class FixedRule:
         return Plan(steps, buffers, rates, torch.where(finite, factor, 0.0), finite, {"kl_clip": factor})
 
 
-LEAST_MOMENTUM, MOST_MOMENTUM = 0.4, 0.95
+MOST_MOMENTUM = 0.95
 
 
 class SelfTuningRule:
     """step = alpha x + mu last step, x minus the natural gradient.
 
     1. (alpha, mu) minimise the quadratic model of arXiv 1503.05671, section 7, over the box 0 <= alpha <= max_growth
-       times its running mean (and 1), 0.4 <= mu <= 0.95, with the curvature along both from vectors sampled for this
-       very batch. The batch sees in its own gradient more than there is for others, and asks for too little of the
-       last step, which came from them; so 0.4 of that is kept. Where even the best such step goes uphill, mu is 0.
+       times its running mean (and 1), `least_momentum` <= mu <= 0.95, with the curvature along both from vectors
+       sampled for this very batch. The batch sees in its own gradient more than there is for others, and asks for
+       too little of the last step, which came from them; so a part of that is kept. Where even the best such step
+       goes uphill, mu is 0.
     2. What is added to the kept part is scaled down until the step promises at most a share of the loss above its
-       floor: three quarters of `max_decrease` at first, all of it from step `warmup` on.
+       floor: half of `max_decrease` at first, all of it from step `warmup` on.
     """
 
-    def __init__(self, max_decrease: float, warmup: int, max_growth: float):
+    def __init__(self, max_decrease: float, warmup: int, max_growth: float, least_momentum: float):
         self.max_decrease, self.warmup, self.max_growth = max_decrease, warmup, max_growth
+        self.least_momentum = least_momentum
         self.alpha_mean: Tensor | None = None
 
     def save(self) -> dict[str, Tensor]:
@@ -142,13 +144,13 @@ class SelfTuningRule:
         largest = form.new_ones(())
         if self.alpha_mean is not None:
             largest = (self.max_growth * self.alpha_mean).clamp_max(1.0)
-        least, most = (LEAST_MOMENTUM, MOST_MOMENTUM) if problem.groups[0]["momentum"] else (0.0, 0.0)
+        least, most = (self.least_momentum, MOST_MOMENTUM) if problem.groups[0]["momentum"] else (0.0, 0.0)
         lower = torch.stack([torch.zeros_like(largest), torch.full_like(largest, least)])
         upper = torch.stack([largest, torch.full_like(largest, most)])
         weights = quadratic.minimise_in_box(slope, form, lower, upper)
         alone = (-slope[0] / form[0, 0].clamp_min(torch.finfo(form.dtype).tiny)).clamp(lower[0], upper[0])
 
-        share = self.max_decrease * min(1.0, 0.75 + 0.25 * problem.step / max(self.warmup, 1))
+        share = self.max_decrease * min(1.0, 0.5 + 0.5 * problem.step / max(self.warmup, 1))
         limit = share * problem.room
         taken = _bounded(weights, lower, slope, form, limit)
         without = _bounded(torch.stack([alone, torch.zeros_like(alone)]), torch.zeros_like(lower), slope, form, limit)
