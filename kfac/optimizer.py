@@ -48,8 +48,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         weight_decay: coefficient; decoupled (Loshchilov & Hutter 2019) or, with `decoupled_weight_decay=False`, part of
             the objective: it then enters gradient and damping.
         kl_clip: bound on lr^2 <direction, gradient> of the step really taken (fixed rule); None for no bound.
-        max_decrease: largest share of the present loss that a self-tuned step may promise to gain; it grows from
-            half of this over `warmup` steps. 0.3 keeps classifiers from exploding.
+        max_decrease: largest share of the present loss that a self-tuned step may promise to gain, reached over
+            `warmup` steps; 0.3 keeps classifiers from exploding.
         max_growth: largest ratio of the step size to its own running mean; against single batches that show no
             curvature.
         fisher: "exact", "sampled", "empirical", or "auto": exact up to 16 output numbers of an example, sampled beyond.

@@ -119,7 +119,7 @@ class SelfTuningRule:
        too little of the last step, which came from them; so a part of that is kept. Where even the best such step
        goes uphill, mu is 0.
     2. What is added to the kept part is scaled down until the step promises at most a share of the loss above its
-       floor: half of `max_decrease` at first, all of it from step `warmup` on.
+       floor: 0.02 at first, `max_decrease` from step `warmup` on.
     """
 
     def __init__(self, max_decrease: float, warmup: int, max_growth: float, least_momentum: float):
@@ -150,7 +150,7 @@ class SelfTuningRule:
         weights = quadratic.minimise_in_box(slope, form, lower, upper)
         alone = (-slope[0] / form[0, 0].clamp_min(torch.finfo(form.dtype).tiny)).clamp(lower[0], upper[0])
 
-        share = self.max_decrease * min(1.0, 0.5 + 0.5 * problem.step / max(self.warmup, 1))
+        share = min(self.max_decrease, 0.02 + self.max_decrease * problem.step / max(self.warmup, 1))
         limit = share * problem.room
         taken = _bounded(weights, lower, slope, form, limit)
         without = _bounded(torch.stack([alone, torch.zeros_like(alone)]), torch.zeros_like(lower), slope, form, limit)
