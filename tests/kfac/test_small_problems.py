@@ -18,7 +18,7 @@ from small_problems import PROBLEMS, STEPS, train
 from kfac import EKFAC, GKFAC, KFAC
 
 RATES = (1e-3, 3e-3, 1e-2)
-MARGIN = {KFAC: 1.1, EKFAC: 1.1, GKFAC: 2.0}
+MARGIN = {KFAC: 1.0, EKFAC: 1.1, GKFAC: 2.0}
 QUICK = ["linear regression", "planted regression", "noisy digits", "convolutions", "recurrent"]
 
 
