@@ -343,7 +343,7 @@ class Curvature:
             "generators": {str(d): g.get_state() for d, g in self.collector.generators.items()},
             "blocks": [block.name for block in self.blocks],
             "layers": {block.name: state.save() for block, state in self.states.items()},
-            "kind": type(self.method).__name__,
+            "kind": self.method.name,
             "method": self.method.save(),
         }
 
@@ -351,9 +351,8 @@ class Curvature:
         """Raise ValueError when a state was not saved by this method, or not for these layers."""
         if not isinstance(saved, dict) or not {"blocks", "layers", "kind", "method"} <= saved.keys():
             raise ValueError("state_dict: it has no curvature; allowed: what state_dict() of the same class gave")
-        kind = type(self.method).__name__
-        if saved["kind"] != kind:
-            raise ValueError(f"state_dict: it was saved by {saved['kind']}; allowed: {kind}")
+        if saved["kind"] != self.method.name:
+            raise ValueError(f"state_dict: it was saved by {saved['kind']}; allowed: by {self.method.name}")
         if [block.name for block in self.blocks] != saved["blocks"]:
             raise ValueError("state_dict: its layers are not those of the model")
 

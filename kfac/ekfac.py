@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class KroneckerEigenMethod(Method):
     """F_l = (Q_g (x) Q_a) diag(s) (Q_g (x) Q_a)^T; arguments as in `EKFAC`."""
 
+    name = "E-KFAC"
     keeps_rows = True
 
     def __init__(

@@ -26,6 +26,7 @@ LARGEST_STRIDE = 4  # of so many examples in a row at least one has a part in th
 class TwoLevelMethod(KroneckerMethod):
     """K-FAC's solve and a coarse one; arguments as in `GKFAC`."""
 
+    name = "two-level K-FAC"
     keeps_rows = True
     least_momentum = 0.0  # the coarse solve fits the batch's noise too, of which momentum would keep more
 

@@ -19,6 +19,8 @@ from .state import BlockState
 class KroneckerMethod(Method):
     """F_l = G_l (x) A_l, inverted block by block; `solver` and `dtype` as in `KFAC`."""
 
+    name = "K-FAC"
+
     def __init__(self, solver: str = "cholesky", preconditioning_dtype: torch.dtype | str | None = None):
         check_options({"solver": solver, "preconditioning_dtype": preconditioning_dtype})
         self.solver, self.dtype = solver, dtype_of(preconditioning_dtype)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Method:
     """Base of the preconditioners: `refresh` and `solve`, and `directions` where layers are not solved one by one."""
 
+    name: str  # as states and messages have it
     keeps_rows = False  # whether rows of a statistics step are needed for more than the factors
     least_momentum = 0.3  # of the self-tuning rule: 0.4 and more is faster without noise, and stays high with it
     dtype: torch.dtype | None = None  # of the products that precondition, None for the parameters' own
