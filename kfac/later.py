@@ -15,7 +15,7 @@ def select(condition: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
     """`torch.where` for a 0-dimensional condition, None for zeros; on a CPU one of the tensors itself, not a copy."""
     if condition.device.type == "cpu":
         return new if condition.numpy() else torch.zeros_like(new) if old is None else old
-    return torch.where(condition, new, 0.0 if old is None else old)
+    return torch.where(condition, new, 0 if old is None else old)  # not 0.0: indices stay indices
 
 
 class Later:

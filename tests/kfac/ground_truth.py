@@ -248,3 +248,12 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     size = truth.norm()
     assert size > 0 and torch.isfinite(size), "the truth is zero or not finite: this comparison would prove nothing"
     return float((value - truth).norm() / size)
+
+
+def block_trace(layer: Any) -> float:
+    """The trace of G (x) A, of factors or of diagonals."""
+
+    def total(factor: Tensor) -> Tensor:
+        return factor.sum() if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1).sum()
+
+    return float(total(layer.A) * total(layer.G))
