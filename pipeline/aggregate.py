@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import records, statistics
+from pipeline import comparability, records, statistics
 from pipeline.config import ConfigError, Params, load, resolve, run_stage
 
 RESULTS, REPORT = Path("results"), Path("report")
@@ -47,7 +47,8 @@ def aggregate(params: Params, results: Path, report: Path) -> Table:
     """Compare the chosen pairs: write everything below ``report`` and print the table.
 
     Raises:
-        ConfigError: records of a chosen pair are missing, cut off, or of another configuration. Nothing is written.
+        ConfigError: records of a chosen pair are missing, cut off, of another configuration, or not comparable with
+            those beside them. Nothing is written.
     """
     study = collect(params, results)
     rows = tabulate(study)
@@ -90,6 +91,7 @@ def collect(params: Params, results: Path) -> dict[str, dict[str, list[records.R
                 _check_same(run, expected, command)
                 runs.append(run)
             study[benchmark][optimizer] = runs
+        comparability.check(benchmark, study[benchmark])
     return study
 
 
@@ -349,10 +351,10 @@ def _markdown_table(block: Table) -> str:
 
 
 def _environment(runs: Iterable[records.Run]) -> str:
-    """A line a fact of ``environment.json``; several values where the runs do not share one."""
+    """A line a fact; several values where benchmarks do not share one. At a benchmark all runs agree on their keys."""
     facts: dict[str, list[str]] = {}
     for run in runs:
-        for name, value in run.environment.items():
+        for name, value in (run.environment | comparability.key(run.config, run.environment)).items():
             known = facts.setdefault(name, [])
             if value is not None and not name.startswith("dvc_") and str(value) not in known:
                 known.append(str(value))
@@ -361,9 +363,7 @@ def _environment(runs: Iterable[records.Run]) -> str:
         for name, values in facts.items()
         if values and name not in ("start_time", "git_commit", "machine")
     ]
-    mixed = [name for name in ("device_name", "cores", "threads") if len(facts.get(name, [])) > 1]
-    warning = f"\n\nThe runs differ in {', '.join(mixed)}: their seconds are not comparable." if mixed else ""
-    return "\n".join(["| | |", "|---|---|", *lines]) + warning
+    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 if __name__ == "__main__":

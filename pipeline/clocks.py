@@ -2,7 +2,8 @@
 
 The one idea: a phase counts its own time only. Phases nest (an optimizer gathers statistics inside the user's
 backward), and what an inner phase takes is taken from the outer one, so the phases add up to the training time. On a
-GPU phases are bracketed by events on the stream and nothing waits for the device until the total is read.
+GPU phases are bracketed by events on the stream and nothing waits for the device until the total is read; events that
+the device has passed are read on the way, so their number stays bounded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 
 PHASES = ("forward_backward", "statistics", "inverses", "update")
 _MIB = 2.0**20
+_OUTSTANDING = 256  # phases between two looks for those that the device has passed
 
 
 class Stopwatch:
@@ -33,8 +36,8 @@ class Stopwatch:
         self._device = device
         self._totals = dict.fromkeys(PHASES, 0.0)
         self._open: list[list[float]] = []  # for each open phase, the seconds its inner phases took
-        self._open_events: list[int] = []
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, int]] = []
+        self._open_names: list[str] = []  # the same on a GPU, where seconds are known later
+        self._events: deque[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._spare: list[torch.cuda.Event] = []
 
     def __call__(self, name: str) -> AbstractContextManager[None]:
@@ -57,33 +60,37 @@ class Stopwatch:
     @contextmanager
     def _on_stream(self, name: str) -> Iterator[None]:
         start, end = self._event(), self._event()
-        number = len(self._events)
-        outer = self._open_events[-1] if self._open_events else -1
-        self._events.append((name, start, end, outer))
-        self._open_events.append(number)
+        outer = self._open_names[-1] if self._open_names else None
+        self._open_names.append(name)
         start.record()
         try:
             yield
         finally:
             end.record()
-            self._open_events.pop()
+            self._open_names.pop()
+            self._events.append((name, outer, start, end))
+            if len(self._events) % _OUTSTANDING == 0:
+                self._read_passed()
 
     def _event(self) -> torch.cuda.Event:
         return self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase so far; the training time is their sum."""
-        if self._events and not self._open_events:
+        if self._events:
             torch.cuda.synchronize(self._device)
-            names = [name for name, _, _, _ in self._events]
-            for name, start, end, outer in self._events:
-                elapsed = start.elapsed_time(end) / 1000.0
-                self._totals[name] = self._totals.get(name, 0.0) + elapsed
-                if outer >= 0:
-                    self._totals[names[outer]] -= elapsed
-                self._spare += (start, end)
-            self._events.clear()
+            self._read_passed()
         return dict(self._totals)
+
+    def _read_passed(self) -> None:
+        """Count the phases, in the order of their ends, that the device has gone through; waits for none."""
+        while self._events and self._events[0][-1].query():
+            name, outer, start, end = self._events.popleft()
+            elapsed = start.elapsed_time(end) / 1000.0
+            self._totals[name] = self._totals.get(name, 0.0) + elapsed
+            if outer is not None:
+                self._totals[outer] = self._totals.get(outer, 0.0) - elapsed
+            self._spare += (start, end)
 
 
 class PeakMemory:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checks import ConfigError, nearest, unknown
-from pipeline.validation import by_benchmark, validate
+from pipeline.validation import TOP, by_benchmark, validate
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["ConfigError", "Params", "RunConfig", "load", "optimizer_class", "resolve", "run_stage"]
 
+THREADS = 2  # of a benchmark that does not say how many it can use
 TRAINING_DEFAULTS: dict[str, Any] = {
     "batch_size": None,
     "averaging": None,
@@ -38,7 +39,11 @@ class Params:
     planted: dict[str, dict[str, Any]]
     seeds: list[int]
     device: str
-    threads: int
+    threads: int | None  # None: the benchmark's
+    precision: str
+    compile: bool
+    channels_last: bool
+    deterministic: bool
     diagnostics: str
 
 
@@ -63,6 +68,10 @@ class RunConfig:
     seeds: list[int]
     device: str
     threads: int
+    precision: str
+    compile: bool
+    channels_last: bool
+    deterministic: bool
     diagnostics: str
     data: dict[str, Any]
 
@@ -94,10 +103,7 @@ def view(values: Any) -> Params:
         optimizers=values["optimizer"],
         images=values["images"],
         planted=values["planted"],
-        seeds=values["seeds"],
-        device=values["device"],
-        threads=values["threads"],
-        diagnostics=values["diagnostics"],
+        **{name: values[name] for name in TOP},
     )
 
 
@@ -133,7 +139,11 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
         options=options,
         seeds=params.seeds,
         device=params.device,
-        threads=params.threads,
+        threads=params.threads or task.get("threads", THREADS),
+        precision=params.precision,
+        compile=params.compile,
+        channels_last=params.channels_last,
+        deterministic=params.deterministic,
         diagnostics=params.diagnostics,
         data=params.planted[benchmark] if benchmark in params.planted else params.images[benchmark],
     )

@@ -27,10 +27,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from pipeline.clocks import PeakMemory, Stopwatch
 from pipeline.config import ConfigError, RunConfig, optimizer_class
+from pipeline.device import autocast, compiled, loss_scaler
 from pipeline.evaluation import LOSSES, Evaluation
 from pipeline.probe import Probe
 from pipeline.records import Row
@@ -89,10 +89,13 @@ class Training:
         self.order = Order(len(data.train.inputs), seed)
         check_batch_size(run, len(data.train.inputs))
         self.evaluation = Evaluation(run.loss, data)
-        self.averaged = None if run.averaging is None else averaged_model(model, run.averaging)
+        self.averaged = None if run.averaging is None else Average(model, run.averaging)
         self.probe = Probe(run, model, data)
+        self.autocast = autocast(run, self.device)
         cls = optimizer_class(run)
         self._rehearse(cls)
+        self.network = compiled(model, run)  # the same weights as `model`
+        self.scaler = loss_scaler(run, self.device)
         self.criterion = LOSSES[run.loss]()
         self.optimizer = build_optimizer(cls, run, model, self.criterion, seed)
         self.scheduler = LambdaLR(self.optimizer, learning_rate_factor(run))
@@ -119,10 +122,12 @@ class Training:
             count = batch_size(self.run, 0, self.order.examples)
             inputs, targets = self.data.train.inputs[:count], self.data.train.targets[:count]
             model.train()
+            network, scaler = compiled(model, self.run), loss_scaler(self.run, self.device)
             with contextlib.suppress(Exception):
                 for _ in range(_REHEARSAL_STEPS):
-                    criterion(model(inputs), targets).backward()
-                    optimizer.step()
+                    self._backward(network, criterion, scaler, inputs, targets)
+                    scaler.step(optimizer)
+                    scaler.update()
                     optimizer.zero_grad()
 
     def train(self, tracker: Tracker, watch: Callable[[Progress], None] = lambda progress: None) -> Outcome:
@@ -163,15 +168,22 @@ class Training:
         progress.lr = float(optimizer.param_groups[0]["lr"])
         with self.stopwatch("forward_backward"):
             optimizer.zero_grad()
-            loss = self.criterion(model(inputs), targets)
-            loss.backward()
+            self._backward(self.network, self.criterion, self.scaler, inputs, targets)
         with self.stopwatch("update"):
-            optimizer.step()
+            self.scaler.step(optimizer)
+            self.scaler.update()
             self.scheduler.step()
             if self.averaged is not None:
                 self.averaged.update_parameters(model)
         progress.step += 1
         progress.examples += size
+
+    def _backward(
+        self, network: nn.Module, criterion: nn.Module, scaler: torch.amp.GradScaler, inputs: Tensor, targets: Tensor
+    ) -> None:
+        with self.autocast:
+            loss = criterion(network(inputs), targets)
+        scaler.scale(loss).backward()
 
     def _evaluate(self, tracker: Tracker, watch: Callable[[Progress], None]) -> None:
         progress = self.progress
@@ -340,18 +352,32 @@ def averaging_coefficient(k: int, largest: float) -> float:
     return min(1.0 - 10.0 / (k + 10.0), largest)
 
 
-def averaged_model(model: nn.Module, largest: float) -> AveragedModel:
+class Average(nn.Module):
     """A running average of parameters and buffers, so that batch-norm statistics belong to about the weights they
-    are used with; counts are copied."""
+    are used with; counts are copied. Its own count is on the CPU, so that an update waits for no device (torch's
+    ``AveragedModel`` does)."""
 
-    def average(old: Any, new: Any, _: Any) -> None:
-        if old[0].is_floating_point():
-            torch._foreach_lerp_(old, new, 1.0 - averaging_coefficient(int(averaged.n_averaged), largest))
-        else:
-            torch._foreach_copy_(old, new)
+    n_averaged: Tensor
 
-    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    return averaged
+    def __init__(self, model: nn.Module, largest: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.largest = largest
+        self.register_buffer("n_averaged", torch.tensor(0))
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in the present weights of ``model``; the first ones are copied."""
+        share = 1.0 - averaging_coefficient(int(self.n_averaged), self.largest)
+        averaged, present = (dict(net.named_parameters()) | dict(net.named_buffers()) for net in (self.module, model))
+        numbers = [name for name, tensor in averaged.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([averaged[name] for name in numbers], [present[name] for name in numbers], share)
+        if counts := [name for name in averaged if name not in set(numbers)]:
+            torch._foreach_copy_([averaged[name] for name in counts], [present[name] for name in counts])
+        self.n_averaged += 1
 
 
 def learning_rate_factor(run: RunConfig) -> Callable[[int], float]:

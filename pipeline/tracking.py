@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import views
+from pipeline import comparability, views
 from pipeline.checks import ConfigError
 from pipeline.metrics import (
     configuration_hash,
@@ -178,6 +178,7 @@ class Tracker:
         tags = {
             "status": "running",
             "configuration": configuration_hash(config),
+            "comparability": comparability.text(comparability.key(config, environment)),
             views.GROUP_TAG: self._optimizer,
             "mlflow.runColor": views.colour(self._optimizer),
             "mlflow.user": "",

@@ -11,15 +11,12 @@ tries again once the cause is mended, and no comparison is made with a seed miss
 from __future__ import annotations
 
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +24,9 @@ from pipeline.config import ConfigError, RunConfig, load, resolve, run_stage
 from pipeline.records import seed_folder, write_run
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.loop import Progress
 
 RESULTS = "results"
-_PACKAGES = ("torch", "numpy", "scipy", "mlflow", "dvc", "hydra-core")
-_DVC_VARIABLES = ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_STAGE")
 _PLAIN_INTERVAL = 15.0  # seconds between lines of progress where there is no terminal
 
 
@@ -50,6 +43,7 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
     from pipeline import data as datasets
     from pipeline import models, tracking
     from pipeline.config import optimizer_class
+    from pipeline.device import describe_environment, placed, prepare_device
     from pipeline.loop import Training
 
     optimizer_class(run)
@@ -60,7 +54,7 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
     environment = describe_environment(run, device)
     failed: list[str] = []
     for number, seed in enumerate(run.seeds):
-        model = models.build(run.model, data.input_shape, data.outputs, seed).to(device)
+        model = placed(models.build(run.model, data.input_shape, data.outputs, seed), run, device)
         training = Training(run, data, seed, model)
         described = {**environment, "start_time": time.time()}
         tracker = _start_tracking(tracking, run, seed, described, required=number == 0)
@@ -92,70 +86,6 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
 
 
 # ---------------------------------------------------------------- before the first step
-
-
-def prepare_device(run: RunConfig) -> torch.device:
-    """The device of the run; sets threads, and on a GPU the deterministic kernels."""
-    import torch
-
-    name = run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            allowed = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(count))])
-            raise ConfigError(f"device: {run.device!r} is not allowed; this machine has {allowed}")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-        torch.cuda.set_device(device)
-    torch.set_num_threads(run.threads)
-    return device
-
-
-def describe_environment(run: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Where the run took place: what ``environment.json`` holds, but for the time."""
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
-        "machine": platform.node(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": run.threads,
-        "git_commit": _git_commit(),
-        **{name.lower(): os.environ.get(name) for name in _DVC_VARIABLES},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git_commit() -> str | None:
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
 
 
 def _check_writable(folder: Path) -> None:

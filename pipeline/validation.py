@@ -100,6 +100,7 @@ BENCHMARK: dict[str, Any] = {
     "evaluate_every": COUNT,
     "target": {"metric": Choice(("train_loss", "validation_loss", "excess_loss")), "value": POSITIVE},
 }
+BENCHMARK_MAY_HAVE: dict[str, Rule] = {"threads": COUNT}
 TRAINING: dict[str, Rule] = {
     "batch_size": Optional(BatchSize()),
     "averaging": Optional(FRACTION),
@@ -109,9 +110,14 @@ TRAINING: dict[str, Rule] = {
 TOP: dict[str, Rule] = {
     "seeds": ListOf(NATURAL, distinct=True),
     "device": Device(),
-    "threads": COUNT,
+    "threads": Optional(COUNT),
+    "precision": Choice(("fp32", "tf32", "bf16", "fp16")),
+    "compile": Flag(),
+    "channels_last": Flag(),
+    "deterministic": Flag(),
     "diagnostics": Choice(("off", "light", "full")),
 }
+ON_CPU = ("fp32", "bf16")
 TASKS_OF_LOSS = {
     "squared_error": ("regression", "autoencoder"),
     "binary_cross_entropy": ("binary", "autoencoder"),
@@ -164,6 +170,7 @@ def validate(values: Any) -> dict[str, Any]:
             raise ConfigError(f"{name}: is missing; expected a mapping of names to values")
         values[name] = check_mapping(name, values[name])
     check_fields("", {name: value for name, value in values.items() if name not in groups}, TOP)
+    check_precision(values["precision"], values["device"])
     for group in ("benchmark", "optimizer"):
         if not values[group]:
             raise ConfigError(f"{group}: nothing is chosen; valid: {', '.join(available(group))}")
@@ -177,6 +184,12 @@ def validate(values: Any) -> dict[str, Any]:
     for name, fields in values["optimizer"].items():
         _check_optimizer(f"optimizer.{name}", fields, list(values["benchmark"]))
     return values
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse a precision that only a GPU has; ``auto`` is known no earlier than where the run takes place."""
+    if device == "cpu" and precision not in ON_CPU:
+        raise ConfigError(f"precision: {precision!r} is not allowed on a CPU; expected {' or '.join(ON_CPU)}")
 
 
 def available(group: str) -> list[str]:
@@ -208,7 +221,8 @@ def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
     model = check_mapping(f"{field}.model", fields["model"])
     known = Choice(tuple(models.FIELDS))
     check(f"{field}.model.name", model.get("name"), known)
-    check_fields(field, fields, {"model": {"name": known, **models.FIELDS[model["name"]]}, **BENCHMARK})
+    extra = {name: rule for name, rule in BENCHMARK_MAY_HAVE.items() if name in fields}
+    check_fields(field, fields, {"model": {"name": known, **models.FIELDS[model["name"]]}, **BENCHMARK, **extra})
     if fields["evaluate_every"] > fields["steps"]:
         raise ConfigError(
             f"{field}.evaluate_every: {fields['evaluate_every']} is not allowed; "

@@ -28,6 +28,10 @@ def a_run(**changes: Any) -> RunConfig:
         "seeds": [0],
         "device": "cpu",
         "threads": 1,
+        "precision": "fp32",
+        "compile": False,
+        "channels_last": False,
+        "deterministic": True,
         "diagnostics": "off",
         "data": {},
     }  # fmt: skip

@@ -52,6 +52,10 @@ def params(
         seeds=list(seeds),
         device="cpu",
         threads=2,
+        precision="fp32",
+        compile=False,
+        channels_last=False,
+        deterministic=True,
         diagnostics="light",
     )
 

@@ -16,11 +16,11 @@ from pipeline.clocks import PeakMemory, Stopwatch
 from pipeline.config import ConfigError, RunConfig
 from pipeline.evaluation import Evaluation
 from pipeline.loop import (
+    Average,
     Order,
     Outcome,
     Progress,
     Training,
-    averaged_model,
     averaging_coefficient,
     batch_size,
     learning_rate_factor,
@@ -158,7 +158,7 @@ def test_the_average_has_the_coefficients_of_its_formula() -> None:
     assert averaging_coefficient(10, 0.9) == 0.5
     assert averaging_coefficient(10_000, 0.9) == 0.9
     model = nn.BatchNorm1d(1)
-    averaged = averaged_model(model, 0.6)
+    averaged = Average(model, 0.6)
     expected = 0.0
     for k in range(1, 30):
         with torch.no_grad():

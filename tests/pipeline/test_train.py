@@ -14,7 +14,7 @@ from runs import Listener, a_network, a_run, some_data
 from pipeline import data, models, tracking
 from pipeline.config import ConfigError, RunConfig
 from pipeline.records import FILES, is_measured, read_run, read_runs
-from pipeline.train import describe_environment, prepare_device, train
+from pipeline.train import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,23 +158,6 @@ def test_a_file_in_the_place_of_the_results_folder_is_refused(tmp_path: Path) ->
     (tmp_path / "results").write_text("")
     with pytest.raises(ConfigError, match=r"results/tiny/sgd: cannot write records there: Not a directory"):
         train(a_run(), tmp_path / "results")
-
-
-def test_device_and_threads_are_set_and_recorded() -> None:
-    before = torch.get_num_threads()
-    try:
-        run = a_run(threads=2, device="auto")
-        environment = describe_environment(run, prepare_device(run))
-        assert torch.get_num_threads() == environment["threads"] == 2
-    finally:
-        torch.set_num_threads(before)
-    assert environment["device"] == ("cuda" if torch.cuda.is_available() else "cpu") and environment["device_name"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
-def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="device: 'cuda:1' is not allowed; this machine has auto, cpu"):
-        prepare_device(a_run(device="cuda:1"))
 
 
 @pytest.mark.parametrize(
