@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checks import ConfigError, nearest, unknown
-from pipeline.validation import TOP, by_benchmark, validate
+from pipeline.validation import TARGETS, TOP, by_benchmark, validate
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ConfigError", "Params", "RunConfig", "load", "optimizer_class", "resolve", "run_stage"]
+__all__ = ["TARGETS", "ConfigError", "Params", "RunConfig", "load", "optimizer_class", "resolve", "run_stage"]
 
 THREADS = 2  # of a benchmark that does not say how many it can use
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -57,9 +57,10 @@ class RunConfig:
     loss: str
     batch_size: int | dict[str, Any]  # examples; or growth {from, to, over_epochs}
     steps: int
+    seconds: float | None  # on the training clock; the run ends with the budget that is spent first
     evaluate_every: int
     target_metric: str
-    target_value: float
+    targets: dict[str, float]  # easy, hard
     averaging: float | None
     warmup: int
     schedule: str
@@ -129,9 +130,10 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
         loss=task["loss"],
         batch_size=task["batch_size"] if training["batch_size"] is None else training["batch_size"],
         steps=task["steps"],
+        seconds=task["seconds"],
         evaluate_every=task["evaluate_every"],
         target_metric=task["target"]["metric"],
-        target_value=task["target"]["value"],
+        targets={name: task["target"][name] for name in TARGETS},
         averaging=training["averaging"],
         warmup=training["warmup"],
         schedule=training["schedule"],

@@ -45,8 +45,9 @@ class Evaluation:
         self._binary = loss == "binary_cross_entropy" and bool(((targets == 0) | (targets == 1)).all())
 
     def __call__(self, network: nn.Module) -> dict[str, float | None]:
-        """``train_loss``, ``train_score``, ``validation_loss``, ``validation_score``, ``excess_loss`` (None without
-        planted targets: else the population loss minus the teacher's)."""
+        """``train_loss``, ``train_score``, ``validation_loss``, ``validation_score``, ``validation_error`` (the share
+        of wrong answers; None unless the task is to classify), ``excess_loss`` (the population loss minus the
+        teacher's; None without planted targets)."""
         data = self._data
         with _evaluating(network):
             train_loss, train_score = self._measure(network, *self._train)
@@ -60,6 +61,7 @@ class Evaluation:
             "train_score": train_score,
             "validation_loss": validation[0],
             "validation_score": validation[1],
+            "validation_error": 1.0 - (validation[1] or 0.0) if self._classifies else None,
             "excess_loss": excess,
         }
 

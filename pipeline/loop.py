@@ -5,7 +5,8 @@ the same order: the order is a function of the seed and the epoch alone, and a b
 it, whatever its size. Batch size, averaging and schedule are the loop's, open to all alike. The training clock runs
 for gradient and step only, and a rehearsal on copies keeps what only a process's first step costs off it.
 
-A run ends in one of three ways. ``finished``: the budget is spent. ``diverged``: the loss is not finite, or above
+A run ends in one of three ways. ``finished``: the budget is spent, of steps or of seconds on the training clock; the
+clock is read at evaluations. ``diverged``: the loss is not finite, or above
 ``DIVERGED_FACTOR`` times the initial one at ``DIVERGED_EVALUATIONS`` evaluations in a row, and the run stops: a
 result like any other. ``failed``: something raised although loss and weights were finite.
 """
@@ -52,11 +53,11 @@ class Progress:
 
     step: int = 0
     examples: int = 0
+    seconds: float = 0.0  # the training clock at the last evaluation
     lr: float = 0.0
     history: list[Row] = field(default_factory=list)
     curvature: list[Row] = field(default_factory=list)
-    target_step: int | None = None
-    target_seconds: float | None = None
+    reached: dict[str, tuple[int, float]] = field(default_factory=dict)  # target -> step and seconds
     far_evaluations: int = 0  # evaluations in a row with a loss far above the initial one
     evaluation_seconds: float = 0.0
     diagnostics_seconds: float = 0.0
@@ -136,7 +137,7 @@ class Training:
         try:
             self._evaluate(tracker, watch)
             self.model.train()
-            while self.progress.step < self.run.steps and self.progress.status == "finished":
+            while not self._over():
                 self._step()
                 if self.progress.step % self.run.evaluate_every == 0 or self.progress.step == self.run.steps:
                     self._evaluate(tracker, watch)
@@ -157,6 +158,12 @@ class Training:
                 self.progress.status = "diverged"
                 self.progress.message = f"weights not finite; {where}"
         return Outcome(self.progress.history, self.progress.curvature, self._summary(tested), failure, interrupted)
+
+    def _over(self) -> bool:
+        """Whether the budget is spent, or the run diverged."""
+        progress, run = self.progress, self.run
+        late = run.seconds is not None and progress.seconds >= run.seconds
+        return progress.step >= run.steps or late or progress.status != "finished"
 
     def _step(self) -> None:
         progress, model, optimizer = self.progress, self.model, self.optimizer
@@ -189,6 +196,7 @@ class Training:
         progress = self.progress
         self.memory.pause()
         seconds = self.stopwatch.seconds()
+        progress.seconds = sum(seconds.values())
         start = time.perf_counter()
         measured = self.evaluation(self.evaluated)
         progress.evaluation_seconds += time.perf_counter() - start
@@ -196,7 +204,7 @@ class Training:
             "step": progress.step,
             "epoch": progress.examples / self.order.examples,
             "examples": progress.examples,
-            "training_seconds": sum(seconds.values()),
+            "training_seconds": progress.seconds,
             **measured,
             "lr": progress.lr if progress.step else float(self.optimizer.param_groups[0]["lr"]),
             "batch_size": batch_size(self.run, progress.examples, self.order.examples),
@@ -205,9 +213,7 @@ class Training:
             **{f"stats_{name}": float(value) for name, value in getattr(self.optimizer, "stats", {}).items()},
         }
         progress.history.append(row)
-        value = measured[self.run.target_metric]
-        if progress.target_step is None and value is not None and value <= self.run.target_value:
-            progress.target_step, progress.target_seconds = progress.step, sum(seconds.values())
+        self._note_targets(measured[self.run.target_metric])
         self._judge(row)
         rows: list[Row] = []
         if progress.step in self.probe.steps and progress.status == "finished":
@@ -218,6 +224,14 @@ class Training:
         tracker.log(row, rows)
         watch(progress)
         self.memory.resume()
+
+    def _note_targets(self, value: float | None) -> None:
+        """The first evaluation at or below a target reaches it, if the seconds of the budget are not over."""
+        progress, run = self.progress, self.run
+        in_time = run.seconds is None or progress.seconds <= run.seconds
+        for name, target in run.targets.items():
+            if name not in progress.reached and in_time and value is not None and value <= target:
+                progress.reached[name] = progress.step, progress.seconds
 
     def _judge(self, row: Row) -> None:
         """Has the run diverged? See the head of this file."""
@@ -258,17 +272,25 @@ class Training:
             "diagnostics_seconds": progress.diagnostics_seconds,
             "peak_memory_mib": self.memory.mib,
             "target_metric": run.target_metric,
-            "target_value": run.target_value,
-            "target_reached": progress.target_step is not None,
-            "target_step": progress.target_step,
-            "target_seconds": progress.target_seconds,
-            **{name: last.get(name) for name in ("train_loss", "train_score", "validation_loss", "validation_score")},
+            **_target_keys(run.targets, progress.reached),
+            **{name: last.get(name) for name in ("train_loss", "train_score")},
+            **{f"validation_{name}": last.get(f"validation_{name}") for name in ("loss", "score", "error")},
             "test_loss": tested.get("test_loss"),
             "test_score": tested.get("test_score"),
             "best_validation_loss": min(filter(math.isfinite, losses), default=None),
             "excess_loss": last.get("excess_loss"),
             "teacher_loss": self.data.teacher_loss,
         }
+
+
+def _target_keys(targets: dict[str, float], reached: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    """``hard_target``, ``hard_reached``, ``hard_step``, ``hard_seconds``, and the same for each target."""
+    keys: dict[str, Any] = {}
+    for name, target in targets.items():
+        step, seconds = reached.get(name, (None, None))
+        keys |= {f"{name}_target": target, f"{name}_reached": name in reached}
+        keys |= {f"{name}_step": step, f"{name}_seconds": seconds}
+    return keys
 
 
 def build_optimizer(

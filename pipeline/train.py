@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import ConfigError, RunConfig, load, resolve, run_stage
+from pipeline.config import TARGETS, ConfigError, RunConfig, load, resolve, run_stage
 from pipeline.records import seed_folder, write_run
 
 if TYPE_CHECKING:
@@ -171,11 +171,16 @@ def _outcome_line(summary: dict[str, Any]) -> str:
     title = f"{summary['benchmark']} {summary['optimizer']} seed {summary['seed']}: {summary['status']}"
     if summary["status"] != "finished":
         return f"{title}, {summary['message']}"
-    target = f"{summary['target_metric']} {summary['target_value']:g}"
-    reached = "not reached"
-    if summary["target_reached"]:
-        reached = f"at step {summary['target_step']}, {summary['target_seconds']:.2f} s"
-    return f"{title}, {_losses(summary)}, {summary['training_seconds']:.2f} s; {target}: {reached}"
+    reached = [_reached(summary, target) for target in TARGETS]
+    ending = f"{_losses(summary)}, {summary['training_seconds']:.2f} s"
+    return f"{title}, {ending}; {summary['target_metric']} {', '.join(reached)}"
+
+
+def _reached(summary: dict[str, Any], target: str) -> str:
+    value = f"{summary[f'{target}_target']:g}"
+    if not summary[f"{target}_reached"]:
+        return f"{value} not reached"
+    return f"{value} at step {summary[f'{target}_step']}, {summary[f'{target}_seconds']:.2f} s"
 
 
 if __name__ == "__main__":

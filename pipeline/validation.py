@@ -34,6 +34,8 @@ from pipeline.signatures import CONNECTED, REQUIRED, UNREADABLE, Signature, sign
 
 CONF = Path(__file__).parent / "conf"
 SCHEDULE_KEYS = {"from", "to", "over_epochs"}
+TARGETS = ("easy", "hard")
+"""The targets of every benchmark; the last is the one of the headline."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,14 @@ PLANTED: dict[str, Any] = {
     "seed": NATURAL,
 }
 LOSSES = ("squared_error", "binary_cross_entropy", "cross_entropy")
+TARGET_METRICS = ("train_loss", "validation_loss", "validation_error", "excess_loss")
 BENCHMARK: dict[str, Any] = {
     "loss": Choice(LOSSES),
     "batch_size": BatchSize(),
     "steps": COUNT,
+    "seconds": Optional(POSITIVE),
     "evaluate_every": COUNT,
-    "target": {"metric": Choice(("train_loss", "validation_loss", "excess_loss")), "value": POSITIVE},
+    "target": {"metric": Choice(TARGET_METRICS), **dict.fromkeys(TARGETS, POSITIVE)},
 }
 BENCHMARK_MAY_HAVE: dict[str, Rule] = {"threads": COUNT}
 TRAINING: dict[str, Rule] = {
@@ -238,12 +242,21 @@ def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
             f"{field}.loss: {fields['loss']!r} does not fit the task {data['task']!r} of {groups[0]}.{name}; "
             f"expected {' or '.join(fitting)}"
         )
-    if fields["target"]["metric"] == "excess_loss" and groups[0] == "images":
-        raise ConfigError(
-            f"{field}.target.metric: 'excess_loss' needs planted targets; expected train_loss or validation_loss"
-        )
+    _check_target(f"{field}.target", fields["target"], data["task"])
     if model["name"] == "cnn" and groups[0] == "planted":
         raise ConfigError(f"{field}.model.name: 'cnn' needs images; expected mlp or autoencoder")
+
+
+def _check_target(field: str, target: Mapping[str, Any], task: str) -> None:
+    metric = target["metric"]
+    if metric == "excess_loss" and task not in PLANTED["task"].names:
+        raise ConfigError(f"{field}.metric: {metric!r} needs planted targets; expected train_loss or validation_loss")
+    if metric == "validation_error" and task != "classification":
+        raise ConfigError(f"{field}.metric: {metric!r} needs classes; expected train_loss or validation_loss")
+    if not target["easy"] > target["hard"]:
+        raise ConfigError(
+            f"{field}.easy: {target['easy']} is not allowed; expected a number above {field}.hard, {target['hard']}"
+        )
 
 
 def _check_data(field: str, fields: Any) -> dict[str, Any]:
