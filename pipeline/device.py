@@ -67,7 +67,8 @@ def _prepare_gpu(run: RunConfig, device: torch.device) -> None:
     torch.backends.cudnn.allow_tf32 = run.precision != "fp32"
     # A warning, not an error, where torch has no repeatable kernel: it names the operation, and the run goes on.
     torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time; nothing here reads such memory
+    # Filling memory before it is written costs time, and nothing here reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not run.deterministic  # tries the algorithms for a shape that is new
 
 

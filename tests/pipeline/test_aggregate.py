@@ -111,6 +111,24 @@ def test_records_of_other_settings_are_refused(chosen: Params, results: Path) ->
         aggregate.collect(changed, results)
 
 
+def test_runs_of_other_settings_of_speed_are_refused_together_but_not_across_benchmarks(
+    tmp_path: Path, chosen: Params, results: Path
+) -> None:
+    synthetic.write_study(results, replace(synthetic.params(("digits_cnn",), ("sgd", "kfac")), threads=1))
+    aggregate.aggregate(chosen, results, tmp_path / "report")
+    record = results / "toy_mlp" / "kfac" / "seed-1" / "environment.json"
+    record.write_text(record.read_text().replace('"threads": 2', '"threads": 2, "device_name": "NVIDIA H100"'))
+    config = results / "toy_mlp" / "sgd" / "seed-0" / "config.yaml"
+    config.write_text(config.read_text().replace("threads: 2", "threads: 4"))
+    with pytest.raises(ConfigError) as refusal:
+        aggregate.collect(chosen, results)
+    assert str(refusal.value) == (
+        "toy_mlp: runs that cannot stand in one table: device_name is null (sgd, kfac seed 0, kfac seed 2) and "
+        "'NVIDIA H100' (kfac seed 1), threads is 4 (sgd seed 0) and 2 (sgd seed 1, sgd seed 2, kfac); "
+        "`dvc repro -f -s train@toy_mlp-sgd train@toy_mlp-kfac` trains again what differs"
+    )
+
+
 def test_metrics_hold_one_figure_a_pair_and_tell_not_reached_from_not_run(chosen: Params, results: Path) -> None:
     rows = aggregate.tabulate(aggregate.collect(chosen, results))
     found = json.loads(json.dumps(aggregate.metrics(rows), allow_nan=False))

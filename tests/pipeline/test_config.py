@@ -122,7 +122,12 @@ def test_validation_of_the_whole_file_imports_neither_torch_nor_mlflow() -> None
         ("seeds", [-1], ["seeds", ">= 0"]),
         ("seed", [0], ["seed", "nearest: seeds"]),
         ("device", "gpu", ["device", "'gpu'", "cuda:N"]),
-        ("threads", 0, ["threads", "integer >= 1"]),
+        ("threads", 0, ["threads", "integer >= 1", "null"]),
+        ("benchmark.toy_mlp.threads", 0, ["benchmark.toy_mlp.threads", "integer >= 1"]),
+        ("precision", "bf61", ["precision", "fp32, tf32, bf16, fp16", "nearest: bf16"]),
+        ("compile", "yes", ["compile", "'yes'", "true or false"]),
+        ("channels_last", 1, ["channels_last", "1", "true or false"]),
+        ("deterministic", None, ["deterministic", "null", "true or false"]),
         ("diagnostics", "lite", ["diagnostics", "light"]),
     ],
 )
@@ -151,6 +156,8 @@ def test_a_bad_value_is_refused_in_one_line(committed: dict[str, Any], path: str
         ("benchmark.digits_cnn.seconds", 1.5),
         ("diagnostics", False),
         ("device", "cuda:1"),
+        ("precision", "bf16"),
+        ("threads", 4),
     ],
 )
 def test_values_that_mean_something_are_accepted(committed: dict[str, Any], path: str, value: Any) -> None:
@@ -170,6 +177,21 @@ def test_a_mapping_by_benchmark_resolves_to_the_benchmarks_entry_or_the_default(
     assert toy.as_dict()["options"]["lr"] == 0.2
     assert "_target_" not in toy.options
     assert "training" not in toy.options
+
+
+def test_threads_are_the_benchmarks_unless_all_are_set_at_once(committed: dict[str, Any]) -> None:
+    values = changed(changed(committed, "benchmark.toy_mlp.threads", 3), "benchmark.digits_cnn.threads", ...)
+    given = {name: resolve(view(values), name, "sgd").threads for name in ("toy_mlp", "digits_cnn")}
+    assert given == {"toy_mlp": 3, "digits_cnn": 2}
+    assert resolve(view(changed(values, "threads", 5)), "toy_mlp", "sgd").threads == 5
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_a_precision_of_gpus_is_refused_for_a_cpu_at_composition(committed: dict[str, Any], precision: str) -> None:
+    values = changed(committed, "precision", precision)
+    view(values)  # auto may find a GPU
+    with pytest.raises(ConfigError, match=f"precision: '{precision}' is not allowed on a CPU; expected fp32 or bf16"):
+        view(changed(values, "device", "cpu"))
 
 
 def test_a_pair_that_is_not_chosen_is_refused_by_name(committed: dict[str, Any]) -> None:
