@@ -82,11 +82,17 @@ IMAGES: dict[str, Rule] = {
     "split_seed": NATURAL,
 }
 PLANTED: dict[str, Any] = {
-    "task": Choice(("regression", "binary")),
+    "task": Choice(("regression", "binary", "classification")),
     "inputs": COUNT,
     "outputs": COUNT,
     "condition": Number(1),
-    "teacher": {"depth": COUNT, "width": COUNT, "activation": Choice(models.ACTIVATIONS), "scale": POSITIVE},
+    "teacher": {
+        "depth": COUNT,
+        "width": COUNT,
+        "activation": Choice(("none", "relu", "tanh")),
+        "batch_norm": Flag(),
+        "scale": POSITIVE,
+    },
     "noise": NOT_NEGATIVE,
     "train": COUNT,
     "validation": COUNT,
@@ -228,14 +234,14 @@ def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
             f"{field}.loss: {fields['loss']!r} does not fit the task {data['task']!r} of {groups[0]}.{name}; "
             f"expected {' or '.join(fitting)}"
         )
-    _check_target(f"{field}.target", fields["target"], data["task"])
+    _check_target(f"{field}.target", fields["target"], data["task"], planted=groups[0] == "planted")
     if model["name"] == "cnn" and groups[0] == "planted":
         raise ConfigError(f"{field}.model.name: 'cnn' needs images; expected mlp or autoencoder")
 
 
-def _check_target(field: str, target: Mapping[str, Any], task: str) -> None:
+def _check_target(field: str, target: Mapping[str, Any], task: str, *, planted: bool) -> None:
     metric = target["metric"]
-    if metric == "excess_loss" and task not in PLANTED["task"].names:
+    if metric == "excess_loss" and not planted:
         raise ConfigError(f"{field}.metric: {metric!r} needs planted targets; expected train_loss or validation_loss")
     if metric == "validation_error" and task != "classification":
         raise ConfigError(f"{field}.metric: {metric!r} needs classes; expected train_loss or validation_loss")
@@ -252,6 +258,8 @@ def _check_data(field: str, fields: Any) -> dict[str, Any]:
             f"{field}.validation: {fields['validation']} and test {fields['test']} leave no training examples; "
             "expected a sum < 1"
         )
+    if field.startswith("planted.") and fields["task"] != "regression" and fields["noise"] > 1:
+        raise ConfigError(f"{field}.noise: {fields['noise']} is not allowed; expected a share of the labels, at most 1")
     return fields
 
 

@@ -114,6 +114,8 @@ def test_validation_of_the_whole_file_imports_neither_torch_nor_mlflow() -> None
         ("images.toy_mlp", {"source": "digits"}, ["benchmark.toy_mlp", "images and planted"]),
         ("planted.mine", {}, ["planted.mine", "no benchmark 'mine' is chosen"]),
         ("planted.toy_mlp.condition", 0.5, ["planted.toy_mlp.condition", ">= 1"]),
+        ("planted.toy_mlp.noise", 1.5, ["planted.toy_mlp.noise", "1.5", "share of the labels"]),
+        ("planted.toy_mlp.teacher.batch_norm", 1, ["planted.toy_mlp.teacher.batch_norm", "true or false"]),
         ("planted.toy_mlp.teacher.depth", 0, ["planted.toy_mlp.teacher.depth", "integer >= 1"]),
         ("planted.toy_mlp.teacher", ..., ["planted.toy_mlp.teacher", "missing"]),
         ("seeds", 3, ["seeds", "3", "a list"]),
