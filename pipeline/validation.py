@@ -228,8 +228,8 @@ def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{field}.target.metric: 'excess_loss' needs planted targets; expected train_loss or validation_loss"
         )
-    if model["name"] == "cnn" and groups[0] == "planted":
-        raise ConfigError(f"{field}.model.name: 'cnn' needs images; expected mlp or autoencoder")
+    pictures = groups[0] == "images" and data["task"] == "classification"  # an autoencoder's are rows of pixels
+    models.check_agreement(f"{field}.model", model, images=pictures)
 
 
 def _check_data(field: str, fields: Any) -> dict[str, Any]:
