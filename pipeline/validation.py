@@ -235,8 +235,8 @@ def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
             f"expected {' or '.join(fitting)}"
         )
     _check_target(f"{field}.target", fields["target"], data["task"], planted=groups[0] == "planted")
-    if model["name"] == "cnn" and groups[0] == "planted":
-        raise ConfigError(f"{field}.model.name: 'cnn' needs images; expected mlp or autoencoder")
+    pictures = groups[0] == "images" and data["task"] == "classification"  # an autoencoder's are rows of pixels
+    models.check_agreement(f"{field}.model", model, images=pictures)
 
 
 def _check_target(field: str, target: Mapping[str, Any], task: str, *, planted: bool) -> None:
