@@ -68,6 +68,36 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """One of a few integers."""
+
+    numbers: tuple[int, ...]
+
+    @property
+    def allowed(self) -> str:
+        return "one of " + ", ".join(map(str, self.numbers))
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value in self.numbers
+
+
+@dataclass(frozen=True)
+class Series:
+    """An integer `step` n + `offset` with n >= 1."""
+
+    step: int
+    offset: int
+
+    @property
+    def allowed(self) -> str:
+        first = ", ".join(str(self.step * n + self.offset) for n in (1, 2, 3))
+        return f"{self.step} n + {self.offset} with n >= 1: {first}, ..."
+
+    def accepts(self, value: Any) -> bool:
+        return COUNT.accepts(value) and value > self.offset and (value - self.offset) % self.step == 0
+
+
+@dataclass(frozen=True)
 class Flag:
     allowed: str = "true or false"
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import inspect
 import math
 import time
 import traceback
@@ -29,12 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from pipeline import optimizers
 from pipeline.clocks import PeakMemory, Stopwatch
-from pipeline.config import ConfigError, RunConfig, optimizer_class
+from pipeline.config import ConfigError, RunConfig
 from pipeline.device import autocast, compiled, loss_scaler
 from pipeline.evaluation import LOSSES, Evaluation
 from pipeline.probe import Probe
 from pipeline.records import Row
+from pipeline.seeds import number
 
 DIVERGED_FACTOR = 10.0
 DIVERGED_EVALUATIONS = 5
@@ -93,12 +93,11 @@ class Training:
         self.averaged = None if run.averaging is None else Average(model, run.averaging)
         self.probe = Probe(run, model, data)
         self.autocast = autocast(run, self.device)
-        cls = optimizer_class(run)
-        self._rehearse(cls)
+        self._rehearse()
         self.network = compiled(model, run)  # the same weights as `model`
         self.scaler = loss_scaler(run, self.device)
-        self.criterion = LOSSES[run.loss]()
-        self.optimizer = build_optimizer(cls, run, model, self.criterion, seed)
+        self.criterion = LOSSES[run.loss](data.outputs)
+        self.optimizer = optimizers.build(run, model, self.criterion, seed)
         self.scheduler = LambdaLR(self.optimizer, learning_rate_factor(run))
         self.stopwatch = Stopwatch(self.device)
         self.memory = PeakMemory(self.device)
@@ -111,15 +110,15 @@ class Training:
         """The network that is judged: the averaged one where weights are averaged."""
         return self.model if self.averaged is None else self.averaged
 
-    def _rehearse(self, cls: type[torch.optim.Optimizer]) -> None:
+    def _rehearse(self) -> None:
         """A step or two on copies, thrown away: lazy imports, workspaces and kernels are then ready.
 
         What raises in these steps raises again in the run, where it is recorded.
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            model, criterion = copy.deepcopy(self.model), LOSSES[self.run.loss]()
-            optimizer = build_optimizer(cls, self.run, model, criterion, self.seed)
+            model, criterion = copy.deepcopy(self.model), LOSSES[self.run.loss](self.data.outputs)
+            optimizer = optimizers.build(self.run, model, criterion, self.seed)
             count = batch_size(self.run, 0, self.order.examples)
             inputs, targets = self.data.train.inputs[:count], self.data.train.targets[:count]
             model.train()
@@ -293,33 +292,7 @@ def _target_keys(targets: dict[str, float], reached: dict[str, tuple[int, float]
     return keys
 
 
-def build_optimizer(
-    cls: type[torch.optim.Optimizer], run: RunConfig, model: nn.Module, criterion: nn.Module, seed: int
-) -> torch.optim.Optimizer:
-    """The optimizer of this run. A class that asks for ``model`` first gets the network and the criterion to watch,
-    any other the parameters; one that draws random numbers gets a generator seeded by ``seed``."""
-    field = f"optimizer.{run.optimizer}"
-    closure = inspect.signature(cls.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(f"{field}._target_: {run.target_class!r} needs a closure; expected a step() without")
-    accepted = inspect.signature(cls).parameters
-    options = dict(run.options)
-    if "generator" in accepted and options.get("generator") is None:
-        options["generator"] = torch.Generator(next(model.parameters()).device).manual_seed(number(seed, "optimizer"))
-    try:
-        if next(iter(accepted), None) == "model":
-            return cls(model, loss=criterion, **options)  # type: ignore[call-arg, arg-type]
-        return cls(model.parameters(), **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{field}: refused by {run.target_class}: {' '.join(str(error).split())}") from error
-
-
 # ---------------------------------------------------------------- order and size of batches
-
-
-def number(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose: 32 bits, which is what torch's CPU generator makes use of."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=4).digest(), "big")
 
 
 class Order:

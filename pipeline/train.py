@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import TARGETS, ConfigError, RunConfig, load, resolve, run_stage
+from pipeline.config import TARGETS, ConfigError, RunConfig, load, optimizer_class, resolve, run_stage
 from pipeline.records import seed_folder, write_run
 
 if TYPE_CHECKING:
@@ -42,11 +42,10 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
     """Train all seeds of ``run`` and write their records; see the head of this file for how it ends."""
     from pipeline import data as datasets
     from pipeline import models, tracking
-    from pipeline.config import optimizer_class
     from pipeline.device import describe_environment, placed, prepare_device
     from pipeline.loop import Training
 
-    optimizer_class(run)
+    optimizer_class(f"optimizer.{run.optimizer}", run.target_class, run.options)
     folder = Path(results) / run.benchmark / run.optimizer
     _check_writable(folder)
     device = prepare_device(run)

@@ -6,7 +6,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-ACTIVATION = {"none": nn.Identity, "relu": nn.ReLU, "tanh": nn.Tanh}
+ACTIVATION: dict[str, type[nn.Module]] = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
 
 
 @contextmanager
@@ -24,7 +34,7 @@ def initialised(make: Callable[[], nn.Module], init: str, gain: float, seed: int
     """The module from `make`, weights of its Linear and Conv2d layers drawn by the scheme `init`, biases
     zero.
 
-    `default` keeps what torch's constructors draw.
+    `default` keeps what `make` draws: torch's own, or the family's, see `he_`.
     """
     draw: dict[str, Callable[[torch.Tensor], object]] = {
         "xavier_uniform": lambda w: nn.init.xavier_uniform_(w, gain),
@@ -41,3 +51,14 @@ def initialised(make: Callable[[], nn.Module], init: str, gain: float, seed: int
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
     return module
+
+
+def he_(network: nn.Sequential) -> nn.Sequential:
+    """`network` with convolutions drawn from N(0, 2 / fan_out), so that gradients keep their size on the way back
+    through ReLUs, and biases zero (He et al. 2015, arXiv 1502.01852, eq. 14). The linear layer stays torch's own."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return network

@@ -26,6 +26,7 @@ def a_run(**changes: Any) -> RunConfig:
         "schedule": "constant",
         "target_class": "torch.optim.SGD",
         "options": {"lr": 0.1},
+        "rest": None,
         "seeds": [0],
         "device": "cpu",
         "threads": 1,

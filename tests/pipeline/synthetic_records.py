@@ -45,6 +45,8 @@ def params(
             "model": {"name": "mlp"},
             "loss": "cross_entropy",
             "batch_size": 128,
+            "warmup": 0,
+            "schedule": "constant",
             "steps": BENCHMARKS[name]["steps"],
             "seconds": None,
             "evaluate_every": 10,

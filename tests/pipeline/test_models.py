@@ -9,7 +9,7 @@ from torch import nn
 from pipeline.models import INITIALISATIONS, build
 
 PLAIN = {"activation": "tanh", "init": "xavier_normal", "gain": 1.0}
-MLP = {"name": "mlp", "depth": 4, "width": 5, "bias": True, **PLAIN}
+MLP = {"name": "mlp", "depth": 4, "width": 5, "bias": True, "batch_norm": False, **PLAIN}
 AUTOENCODER = {"name": "autoencoder", "widths": [128, 64, 32, 8], **PLAIN}
 CNN = {"name": "cnn", "channels": [4, 6, 6], "batch_norm": False, **PLAIN}
 CASES: list[tuple[dict[str, Any], tuple[int, ...], int]] = [
