@@ -21,13 +21,12 @@ import warnings
 from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from pipeline.checks import ConfigError
-from pipeline.config import RunConfig
 from pipeline.validation import check_precision
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +35,24 @@ _PACKAGES = ("torch", "numpy", "scipy", "mlflow", "dvc", "hydra-core")
 _DVC_VARIABLES = ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_STAGE")
 
 
-def prepare_device(run: RunConfig) -> torch.device:
+class Settings(Protocol):
+    """What of a run's configuration is read here; ``RunConfig`` has it."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def channels_last(self) -> bool: ...
+    @property
+    def deterministic(self) -> bool: ...
+
+
+def prepare_device(run: Settings) -> torch.device:
     """The device of the run, with the process set to its threads, precision of products and kernels.
 
     Raises ``ConfigError`` for a device that is not there, and for a precision that it does not have.
@@ -56,7 +72,7 @@ def prepare_device(run: RunConfig) -> torch.device:
     return device
 
 
-def _prepare_gpu(run: RunConfig, device: torch.device) -> None:
+def _prepare_gpu(run: Settings, device: torch.device) -> None:
     if run.precision in ("tf32", "bf16") and torch.cuda.get_device_capability(device) < _TENSOR_CORES_FROM:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"precision: {run.precision!r} is not allowed on {name}; expected fp32 or fp16")
@@ -72,26 +88,26 @@ def _prepare_gpu(run: RunConfig, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = not run.deterministic  # tries the algorithms for a shape that is new
 
 
-def placed(model: nn.Module, run: RunConfig, device: torch.device) -> nn.Module:
+def placed(model: nn.Module, run: Settings, device: torch.device) -> nn.Module:
     """The network on the device, weights of convolutions channels last if asked; activations follow the weights."""
     if run.channels_last:
         return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)
 
 
-def compiled(model: nn.Module, run: RunConfig) -> nn.Module:
+def compiled(model: nn.Module, run: Settings) -> nn.Module:
     """What the training step calls. Evaluation and diagnostics call ``model`` itself, which stays as it is."""
     return torch.compile(model) if run.compile else model  # type: ignore[return-value]
 
 
-def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(run: Settings, device: torch.device) -> AbstractContextManager[Any]:
     """For the forward pass; may be entered again and again."""
     if run.precision not in _HALF:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_HALF[run.precision])
 
 
-def loss_scaler(run: RunConfig, device: torch.device) -> torch.amp.GradScaler:
+def loss_scaler(run: Settings, device: torch.device) -> torch.amp.GradScaler:
     """Keeps small gradients above float16's smallest number; with any other precision it does nothing."""
     scaled = run.precision == "fp16"
     if scaled:  # the first steps may be left out until the scale fits, and the schedule goes on all the same
@@ -102,7 +118,7 @@ def loss_scaler(run: RunConfig, device: torch.device) -> torch.amp.GradScaler:
 # ---------------------------------------------------------------- what is recorded
 
 
-def describe_environment(run: RunConfig, device: torch.device) -> dict[str, Any]:
+def describe_environment(run: Settings, device: torch.device) -> dict[str, Any]:
     """Where the run took place: what ``environment.json`` holds, but for the time."""
     on_gpu = device.type == "cuda"
     return {

@@ -199,6 +199,8 @@ def validate(values: Any) -> dict[str, Any]:
                 raise ConfigError(f"{group}.{name}: no benchmark {name!r} is chosen; chosen: {chosen}")
     for name, fields in values["optimizer"].items():
         _check_optimizer(f"optimizer.{name}", fields, list(values["benchmark"]))
+        if values["precision"] == "fp16" and "rest" in fields:  # its matrices' gradients come after the unscaling
+            raise ConfigError(f"precision: 'fp16' is not allowed with optimizer.{name}.rest; expected bf16 or fp32")
     return values
 
 

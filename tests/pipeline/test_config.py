@@ -223,6 +223,16 @@ def test_the_loop_is_the_benchmarks_unless_the_optimizer_says_otherwise(committe
     assert (run.schedule, run.warmup, run.averaging) == ("linear", 0, None)
 
 
+def test_float16_is_refused_with_an_optimizer_whose_gradients_the_scaler_does_not_see(
+    committed: dict[str, Any],
+) -> None:
+    rest = {"_target_": "torch.optim.AdamW", "lr": 0.01}
+    values = changed(committed, "optimizer.mine", {"_target_": "torch.optim.Muon", "lr": 0.02, "rest": rest})
+    view(changed(values, "precision", "bf16"))
+    with pytest.raises(ConfigError, match=r"precision: 'fp16' is not allowed with optimizer\.mine\.rest"):
+        view(changed(values, "precision", "fp16"))
+
+
 def test_a_pair_that_is_not_chosen_is_refused_by_name(committed: dict[str, Any]) -> None:
     params = view(committed)
     with pytest.raises(ConfigError, match=r"optimizer: 'ekfacc' .*nearest: ekfac"):
