@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_a_run_carries_every_evaluation_on_both_clocks(root: Path) -> None:
         assert [seconds for _, seconds, _ in found] == pytest.approx(
             [row["training_seconds"] for row in history], abs=2e-3
         )
+
+
+def test_a_run_says_how_it_computed_and_runs_that_differ_in_it_are_two_groups(root: Path) -> None:
+    params = chosen("kfac", seeds=(0, 1))
+    train(root, params, "kfac", 0)
+    train(root, replace(params, precision="bf16"), "kfac", 1)
+    single, half = (runs(root)[f"kfac seed {seed}"].data for seed in (0, 1))
+    assert (single.params["precision"], half.params["precision"]) == ("fp32", "bf16")
+    assert single.tags["comparability"] == half.tags["comparability"].replace("bf16", "fp32")
+    assert "torch: 2.14.1" in half.tags["comparability"] and "threads: 2" in half.tags["comparability"]
+    assert half.tags[views.GROUP_TAG] == "kfac precision=bf16"
 
 
 def test_curvature_of_the_model_has_no_section_and_of_a_layer_its_own(root: Path) -> None:
