@@ -195,7 +195,9 @@ def test_the_loop_is_the_benchmarks_unless_the_optimizer_says_otherwise(committe
     values = changed(values, "benchmark.toy_mlp.warmup", 7)
     run = resolve(view(values), "toy_mlp", "sgd")
     assert (run.schedule, run.warmup, run.batch_size) == ("cosine", 7, 512)
-    run = resolve(view(changed(values, "optimizer.sgd.training", {"schedule": "linear", "warmup": 0})), "toy_mlp", "sgd")
+    run = resolve(
+        view(changed(values, "optimizer.sgd.training", {"schedule": "linear", "warmup": 0})), "toy_mlp", "sgd"
+    )
     assert (run.schedule, run.warmup, run.averaging) == ("linear", 0, None)
 
 
