@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.loop import Progress
 
 RESULTS = "results"
-_PACKAGES = ("torch", "numpy", "scipy", "mlflow", "dvc", "hydra-core")
+_PACKAGES = ("torch", "numpy", "scipy", "pytorch-optimizer", "mlflow", "dvc", "hydra-core")
 _DVC_VARIABLES = ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_STAGE")
 _PLAIN_INTERVAL = 15.0  # seconds between lines of progress where there is no terminal
 
