@@ -40,6 +40,7 @@ class Params:
     device: str
     threads: int
     diagnostics: str
+    image_folder: str | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def view(values: Any) -> Params:
         device=values["device"],
         threads=values["threads"],
         diagnostics=values["diagnostics"],
+        image_folder=values["image_folder"],
     )
 
 

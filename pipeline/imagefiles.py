@@ -27,12 +27,30 @@ import numpy as np
 from PIL import Image
 
 from pipeline.checks import ConfigError, nearest
+from pipeline.config import load
 from pipeline.imagesets import PARTS, ImageSet
+from pipeline.store import workspace
 
+VARIABLE = "IMAGE_FOLDER"
 ENDINGS = (".png", ".jpg", ".jpeg")
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")
 LARGEST_ARCHIVE = 2**30  # bytes; a larger one holds something else, and is not searched
 _CUT_OFF = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError)
+
+
+def image_folder() -> Path | None:
+    """The folder that IMAGE_FOLDER or else params.yaml's `image_folder` names; a relative path is one below the main
+    workspace. Raises ConfigError when it is no folder.
+    """
+    named, value = VARIABLE, os.environ.get(VARIABLE)
+    if not value:
+        named, value = "image_folder", load().image_folder
+    if not value:
+        return None
+    folder = workspace() / Path(value).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{named}: {value!r} is no folder; expected the one that holds the images (docs/data.md)")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -100,17 +118,17 @@ def forms(folder: Path, known: ImageSet) -> Iterator[Form]:
         official = {file: path for file in known.file_names if (path := _either(place / file))}
         if official and (place != folder or len(official) == len(known.file_names)):
             entries = {file: Entry(str(path), path.read_bytes) for file, path in official.items()}
-            yield Form(sorted(official.values()), lambda e=entries, at=place: official_files(e, known, str(at)))
+            yield Form(sorted(official.values()), partial(official_files, entries, known, str(place)))
     deeper = [inner for each in below[1:] for inner in _folders(each)]
     for place in sorted([*below, *deeper], key=lambda each: each.name != known.name):
         found = _class_folders(place) if (place / "train").is_dir() else Classes()
         if found.belong_to(known):
             paths = [Path(entry.where) for entry in found.entries()]
-            yield Form(paths, lambda c=found, at=place: class_images(c, known, f"{at}/", "class folders"))
+            yield Form(paths, partial(class_images, found, known, f"{place}/", "class folders"))
     archives = sorted(path for each in below for path in _files(each) if path.name.endswith(ARCHIVES))
     archives = [path for path in archives if path.stat().st_size <= LARGEST_ARCHIVE]
     if archives:
-        yield Form(archives, lambda: from_archives(archives, known))
+        yield Form(archives, partial(from_archives, archives, known))
 
 
 # ---------------------------------------------------------------- the official files
@@ -198,11 +216,12 @@ def _arranged(found: Classes, known: ImageSet, part: str, place: str) -> list[tu
     classes = found.images[part]
     for name, images in classes.items():
         if name not in known.classes:
+            where = next(iter(images.values())).where
             raise ConfigError(
-                f"{next(iter(images.values())).where}: {name!r} is no class of {known.title}{nearest(name, known.classes)}; "
+                f"{where}: {name!r} is no class of {known.title}{nearest(name, known.classes)}; "
                 f"expected {len(known.classes)} classes, from {known.classes[0]} to {known.classes[-1]}"
             )
-    by_class = []
+    by_class: list[tuple[str, tuple[Entry, int]]] = []
     for label, (name, count) in enumerate(zip(known.classes, known.counts[part], strict=True)):
         files = sorted(classes.get(name, {}), key=_number)
         if len(files) < count:
@@ -214,15 +233,15 @@ def _arranged(found: Classes, known: ImageSet, part: str, place: str) -> list[tu
         by_class += [(f"{part}/{name}/{file}", (classes[name][file], label)) for file in files]
     if part not in found.order:
         return [image for _, image in by_class]
-    images, lines = dict(by_class), found.order[part].content().decode(errors="replace").splitlines()
+    ordered, lines = dict(by_class), found.order[part].content().decode(errors="replace").splitlines()
     listed = ["/".join(PurePosixPath(line.strip()).parts[-3:]) for line in lines if line.strip()]
-    if sorted(listed) != sorted(images):
-        wrong = sorted(set(listed) ^ set(images)) or [line for line in listed if listed.count(line) > 1]
+    if sorted(listed) != sorted(ordered):
+        wrong = sorted(set(listed) ^ set(ordered)) or [line for line in listed if listed.count(line) > 1]
         raise ConfigError(
             f"{found.order[part].where}: does not list every image once, see {wrong[0]}; expected the "
-            f"{len(images)} paths {part}/CLASS/NNNN of the images, one a line"
+            f"{len(ordered)} paths {part}/CLASS/NNNN of the images, one a line"
         )
-    return [images[path] for path in listed]
+    return [ordered[path] for path in listed]
 
 
 def _number(file: str) -> tuple[float, str]:

@@ -37,7 +37,7 @@ class ImageSet:
 
 
 _TINY = 'A. Krizhevsky, V. Nair, G. Hinton; "Learning Multiple Layers of Features from Tiny Images", 2009'
-_TINY_LICENCE = "no licence stated by its makers, who ask that the report be cited"
+_TINY_LICENCE = "none stated by its makers, who ask users to cite the report"
 
 MNIST = ImageSet(
     name="mnist",
@@ -62,9 +62,8 @@ MNIST = ImageSet(
     },
     accepted="MNIST/raw/ with the four files *-ubyte or *-ubyte.gz",
     label_key="",
-    made_by='Y. LeCun, C. Cortes, C. Burges; from NIST\'s Special Databases 1 and 3, "Gradient-Based Learning Applied to '
-    'Document Recognition", 1998',
-    licence="no licence stated by its makers where it was published; later hosts name CC BY-SA 3.0",
+    made_by="Y. LeCun, C. Cortes, C. Burges, from NIST's Special Databases 1 and 3",
+    licence="none stated where its makers published it; the documentation of Keras names CC BY-SA 3.0",
 )
 
 CIFAR10 = ImageSet(
@@ -95,10 +94,10 @@ _FINE = (
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle "
     "caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant "
     "flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man "
-    "maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree "
-    "plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail "
-    "snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout "
-    "tulip turtle wardrobe whale willow_tree wolf woman worm"
+    "maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck "
+    "pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk "
+    "skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger "
+    "tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
 )
 
 CIFAR100 = ImageSet(
