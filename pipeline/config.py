@@ -39,6 +39,7 @@ class Params:
     device: str
     threads: int
     diagnostics: str
+    image_folder: str | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def view(values: Any) -> Params:
         device=values["device"],
         threads=values["threads"],
         diagnostics=values["diagnostics"],
+        image_folder=values["image_folder"],
     )
 
 
