@@ -62,6 +62,7 @@ def params(
         seeds=list(seeds),
         device="cpu",
         threads=2,
+        image_folder=None,
         diagnostics="light",
     )
 
