@@ -27,7 +27,7 @@ def of_run(run: RunConfig, data: Data, network: nn.Module) -> dict[str, bytes]:
     network.eval()
     with torch.no_grad():
         outputs = network(inputs)
-    outputs = outputs.sigmoid() if run.loss == "binary_cross_entropy" else outputs
+    outputs = outputs.sigmoid() if run.loss.endswith("binary_cross_entropy") else outputs
     rows = torch.cat([inputs.reshape(-1, *shape), outputs.reshape(-1, *shape)]).float().clamp(0, 1).cpu()
     title = f"{run.benchmark}, {run.optimizer}: validation examples"
     return {"reconstructions.png": _png(rows, len(inputs), title)}

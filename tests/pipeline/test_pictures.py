@@ -50,12 +50,13 @@ def test_inputs_stay_and_reconstructions_below_them_follow_the_network(digits: D
     assert numpy.unique(upper).size > 10
 
 
-def test_logits_are_drawn_as_probabilities(digits: Data) -> None:
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "summed_binary_cross_entropy"])
+def test_logits_are_drawn_as_probabilities(digits: Data, loss: str) -> None:
     class Logits(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.clamp(0.001, 0.999).logit()
 
-    assert numpy.abs(drawn(digits, Logits(), "binary_cross_entropy") - drawn(digits, nn.Identity())).max() < 0.01
+    assert numpy.abs(drawn(digits, Logits(), loss) - drawn(digits, nn.Identity())).max() < 0.01
 
 
 def test_the_same_network_gives_the_same_bytes(digits: Data) -> None:
