@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import records, statistics
-from pipeline.config import ConfigError, Params, load, resolve, run_stage
+from pipeline.config import TARGETS, ConfigError, Params, load, resolve, run_stage
 
 RESULTS, REPORT = Path("results"), Path("report")
 TABLE = "table.csv"
@@ -29,12 +29,17 @@ REFERENCE = "sgd"
 Table = list[dict[str, Any]]
 
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
-HEADERS = (
-    "optimizer", "train\nloss", "valid.\nloss", "test\nloss", "test\nscore", "reached",
-    "steps to target\nmedian [range]", "seconds to target\nmedian [range]", "ms per\nstep", f"{TIMES} sgd",
-)  # fmt: skip
+HEADERS = ("optimizer", "train\nloss", "valid.\nloss", "test\nloss")
+TARGET_HEADERS = ("reached\n{target}", "steps to {target}\nmedian [range]", "seconds to {target}\nmedian [range]")
+COST_HEADERS = ("ms per\nstep", f"{TIMES} sgd")
+SHOWN = ("hard",)  # the target that the terminal's table has room for; the page has all
 _TEXT_COLUMNS = frozenset({"benchmark", "optimizer", "target_metric", "notes"})
-_WORDS = {"train_loss": "training loss", "validation_loss": "validation loss", "excess_loss": "excess loss"}
+_WORDS = {
+    "train_loss": "training loss",
+    "validation_loss": "validation loss",
+    "validation_error": "validation error",
+    "excess_loss": "excess loss",
+}
 _SAME_RUN = ("seeds", "device", "threads", "diagnostics")  # settings that do not change what is trained
 
 
@@ -108,7 +113,8 @@ def tabulate(study: Mapping[str, Mapping[str, Sequence[records.Run]]]) -> Table:
     for pairs in study.values():
         block = []
         for runs in pairs.values():
-            block.append(statistics.pair([_with_examples(run) for run in runs], runs[0].config["steps"]))
+            config = runs[0].config
+            block.append(statistics.pair([_with_examples(run) for run in runs], config["steps"], config["seconds"]))
         ratios = statistics.relative_step_time(block, REFERENCE)
         for row in block:
             row["step_time_ratio_to_sgd"] = ratios[row["optimizer"]]
@@ -117,10 +123,9 @@ def tabulate(study: Mapping[str, Mapping[str, Sequence[records.Run]]]) -> Table:
 
 
 def _with_examples(run: records.Run) -> dict[str, Any]:
-    """The summary, with the number of training examples that the target took."""
-    at = run.summary["target_step"]
-    seen = [row["examples"] for row in run.history if row["step"] == at]
-    return {**run.summary, "target_examples": seen[0] if seen else None}
+    """The summary, with the number of training examples that each target took."""
+    seen = {row["step"]: row["examples"] for row in run.history}
+    return {**run.summary, **{f"{target}_examples": seen.get(run.summary[f"{target}_step"]) for target in TARGETS}}
 
 
 # ---------------------------------------------------------------- writing
@@ -150,14 +155,14 @@ def read_table(path: Path) -> Table:
 
 
 def metrics(rows: Table) -> dict[str, dict[str, float | str]]:
-    """Benchmark -> optimizer -> median steps to the target.
+    """Benchmark -> optimizer -> median steps to the hard target.
 
-    Where the median seed did not get there: the budget as text, ``>400``, or how the runs ended. DVC leaves out a
-    null, which would look like a pair that was never trained; a text it shows as it is.
+    Where the median seed did not get there: the steps that were made as text, ``>400``, or how the runs ended. DVC
+    leaves out a null, which would look like a pair that was never trained; a text it shows as it is.
     """
     found: dict[str, dict[str, float | str]] = {}
     for row in rows:
-        steps = row["steps_to_target_median"]
+        steps = row["steps_to_hard_median"]
         figure = (int(steps) if steps == int(steps) else steps) if math.isfinite(steps) else _missed(row)
         found.setdefault(row["benchmark"], {})[row["optimizer"]] = figure
     return found
@@ -188,10 +193,10 @@ def _rich_table(block: Table) -> Any:
     from rich.text import Text
 
     table = RichTable(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    for place, header in enumerate(_headers(block)):
+    for place, header in enumerate(_headers(block, SHOWN)):
         table.add_column(Text(header), justify="right" if place else "left", no_wrap=True)
     for row in block:
-        table.add_row(*(Text(cell) for cell in _cells(row, _has_excess(block))))
+        table.add_row(*(Text(cell) for cell in _cells(row, _has_excess(block), SHOWN)))
     return table
 
 
@@ -201,15 +206,18 @@ def _blocks(rows: Table) -> list[Table]:
 
 def _caption(block: Table) -> str:
     row = block[0]
+    seconds = "" if row["budget_seconds"] is None else f" or {row['budget_seconds']:g} s"
     return (
-        f"{row['benchmark']}: target {_WORDS[row['target_metric']]} ≤ {row['target_value']:g} within "
-        f"{row['budget_steps']:g} steps, {row['seeds']:g} seed{'s' if row['seeds'] != 1 else ''}"
+        f"{row['benchmark']}: target {_WORDS[row['target_metric']]} ≤ {row['hard_target']:g} (easy "
+        f"{row['easy_target']:g}) within {row['budget_steps']:g} steps"
+        f"{seconds}, {row['seeds']:g} seed{_s(row['seeds'])}"
     )
 
 
-def _headers(block: Table) -> list[str]:
-    excess = _has_excess(block)
-    return [("excess\nloss" if excess and header == "test\nscore" else header) for header in HEADERS]
+def _headers(block: Table, targets: Sequence[str]) -> list[str]:
+    score = "excess\nloss" if _has_excess(block) else "test\nscore"
+    reaching = [header.format(target=target) for target in targets for header in TARGET_HEADERS]
+    return [*HEADERS, score, *reaching, *COST_HEADERS]
 
 
 def _has_excess(block: Table) -> bool:
@@ -217,14 +225,16 @@ def _has_excess(block: Table) -> bool:
     return any(row["excess_loss_median"] is not None for row in block)
 
 
-def _cells(row: Mapping[str, Any], excess: bool) -> list[str]:
+def _cells(row: Mapping[str, Any], excess: bool, targets: Sequence[str]) -> list[str]:
+    reaching = [
+        (f"{row[f'reached_{target}']:g}/{row['seeds']:g}", _range(row, "steps", target), _range(row, "seconds", target))
+        for target in targets
+    ]
     return [
         row["optimizer"],
         *(_final(row, quantity) for quantity in ("train_loss", "validation_loss", "test_loss")),
         _final(row, "excess_loss" if excess else "test_score"),
-        f"{row['reached']:g}/{row['seeds']:g}",
-        _range(row, "steps_to_target"),
-        _range(row, "seconds_to_target"),
+        *(cell for cells in reaching for cell in cells),
         number(row["milliseconds_per_step_median"]),
         number(row["step_time_ratio_to_sgd"], 2),
     ]
@@ -240,16 +250,16 @@ def _ending(row: Mapping[str, Any]) -> str:
 
 
 def _missed(row: Mapping[str, Any]) -> str:
-    """What stands for the steps of a median that is infinite."""
-    return f">{row['budget_steps']:g}" if row["finished"] else _ending(row)
+    """What stands for the steps of a median that is infinite: as many as the budget allowed were not enough."""
+    return f">{row['steps_max']:g}" if row["finished"] else _ending(row)
 
 
-def _range(row: Mapping[str, Any], quantity: str) -> str:
+def _range(row: Mapping[str, Any], quantity: str, target: str) -> str:
     """Median, smallest and largest to the target; infinity stands for a seed that did not get there."""
-    middle, low, high = (row[f"{quantity}_{part}"] for part in ("median", "min", "max"))
+    middle, low, high = (row[f"{quantity}_to_{target}_{part}"] for part in ("median", "min", "max"))
+    whole = quantity == "steps"
     if math.isinf(low):
-        return _missed(row) if quantity == "steps_to_target" else DASH
-    whole = quantity == "steps_to_target"
+        return _missed(row) if whole else DASH
     texts = [
         "∞" if math.isinf(value) else f"{value:g}" if whole else number(value, digits)
         for value, digits in ((middle, 3), (low, 2), (high, 2))
@@ -288,12 +298,12 @@ def page(rows: Table, study: Mapping[str, Mapping[str, Sequence[records.Run]]], 
         "start from the same weights and see the examples in the same order. The targets were fixed beforehand.",
         "## Where it ran",
         _environment(runs),
-        "## Steps and seconds to the target",
-        _picture("summary", "steps and seconds to target"),
+        "## Steps and seconds to the hard target",
+        _picture("summary", "steps and seconds to the hard target"),
         "A point is a seed, a bar the median over seeds; to the left is better. Behind the dotted line stand seeds "
         "that did not reach the target within the budget (rings) or did not finish (crosses).",
         "## Table",
-        "Medians over seeds. `reached` counts the seeds that got to the target within the budget of steps; the "
+        "Medians over seeds. `reached` counts the seeds that got to the easy or the hard target within the budget; the "
         "bracket is the smallest and the largest over seeds. A seed that did not get there counts as infinitely late "
         "(∞), and a run that did not finish as one of infinite loss, so that a median says what most seeds do. Losses "
         "and scores are those of the weights that an optimizer hands over at the end of the budget (averaged ones, "
@@ -343,8 +353,9 @@ def _picture(name: str, words: str) -> str:
 
 
 def _markdown_table(block: Table) -> str:
-    headers = [header.replace("\n", " ") for header in _headers(block)]
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *(_cells(row, _has_excess(block)) for row in block)]
+    headers = [header.replace("\n", " ") for header in _headers(block, TARGETS)]
+    cells = [_cells(row, _has_excess(block), TARGETS) for row in block]
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

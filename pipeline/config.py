@@ -7,25 +7,24 @@ be a mapping by benchmark; `resolve` picks the entry of the chosen one.
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checks import ConfigError, nearest, unknown
-from pipeline.validation import by_benchmark, validate
+from pipeline.validation import TARGETS, by_benchmark, validate
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ConfigError", "Params", "RunConfig", "load", "optimizer_class", "resolve", "run_stage"]
+__all__ = ["TARGETS", "ConfigError", "Params", "RunConfig", "load", "optimizer_class", "resolve", "run_stage"]
 
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "batch_size": None,
-    "averaging": None,
-    "warmup": 0,
-    "schedule": "constant",
-}
+FROM_BENCHMARK = (
+    "batch_size",
+    "warmup",
+    "schedule",
+)  # options of the loop that an optimizer may leave to the benchmark
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,16 @@ class RunConfig:
     loss: str
     batch_size: int | dict[str, Any]  # examples; or growth {from, to, over_epochs}
     steps: int
+    seconds: float | None  # on the training clock; the run ends with the budget that is spent first
     evaluate_every: int
     target_metric: str
-    target_value: float
+    targets: dict[str, float]  # easy, hard
     averaging: float | None
     warmup: int
     schedule: str
     target_class: str
     options: dict[str, Any]  # constructor arguments of target_class
+    rest: dict[str, Any] | None  # _target_ and arguments of the optimizer of what is no matrix
     seeds: list[int]
     device: str
     threads: int
@@ -113,24 +114,25 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
             )
     task = params.benchmarks[benchmark]
     fields = params.optimizers[optimizer]
-    options = {k: by_benchmark(v, benchmark) for k, v in fields.items() if k not in ("_target_", "training")}
-    given = {k: by_benchmark(v, benchmark) for k, v in fields.get("training", {}).items()}
-    training = TRAINING_DEFAULTS | given
+    options = {k: by_benchmark(v, benchmark) for k, v in fields.items() if k not in ("_target_", "training", "rest")}
+    rest = {k: by_benchmark(v, benchmark) for k, v in fields["rest"].items()} if "rest" in fields else None
+    training = {k: by_benchmark(v, benchmark) for k, v in fields.get("training", {}).items()}
+    loop = {k: task[k] if training.get(k) is None else training[k] for k in FROM_BENCHMARK}
     return RunConfig(
         benchmark=benchmark,
         optimizer=optimizer,
         model=task["model"],
         loss=task["loss"],
-        batch_size=task["batch_size"] if training["batch_size"] is None else training["batch_size"],
+        **loop,
         steps=task["steps"],
+        seconds=task["seconds"],
         evaluate_every=task["evaluate_every"],
         target_metric=task["target"]["metric"],
-        target_value=task["target"]["value"],
-        averaging=training["averaging"],
-        warmup=training["warmup"],
-        schedule=training["schedule"],
+        targets={name: task["target"][name] for name in TARGETS},
+        averaging=training.get("averaging"),
         target_class=fields["_target_"],
         options=options,
+        rest=rest,
         seeds=params.seeds,
         device=params.device,
         threads=params.threads,
@@ -139,24 +141,26 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
     )
 
 
-def optimizer_class(run: RunConfig) -> "type[torch.optim.Optimizer]":
-    """The class that `_target_` names. Imports torch and the class's package; raises ConfigError."""
+def optimizer_class(field: str, target: str, options: Iterable[str] = ()) -> "type[torch.optim.Optimizer]":
+    """The class that `target`, the `_target_` of the optimizer at `field`, names; it has to know the `options`.
+
+    Imports torch and the class's package; raises ConfigError.
+    """
     import torch
 
-    field = f"optimizer.{run.optimizer}._target_"
-    module, _, name = run.target_class.rpartition(".")
+    module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # a broken package may raise anything while it is imported
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{field}: {run.target_class!r} cannot be imported: {reason}") from error
+        raise ConfigError(f"{field}._target_: {target!r} cannot be imported: {reason}") from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise ConfigError(f"{field}: {run.target_class!r} is not a subclass of torch.optim.Optimizer")
+        raise ConfigError(f"{field}._target_: {target!r} is not a subclass of torch.optim.Optimizer")
     parameters = inspect.signature(found).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for option in run.options:
+        for option in options:
             if option not in parameters:
-                raise unknown(f"optimizer.{run.optimizer}.{option}", option, parameters, "hyper-parameter")
+                raise unknown(f"{field}.{option}", option, parameters, "hyper-parameter")
     return found
 
 

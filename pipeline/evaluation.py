@@ -6,18 +6,21 @@ training criterion sees none of it; dropout is off, so no random number is drawn
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-LOSSES: dict[str, type[nn.Module]] = {
-    "squared_error": nn.MSELoss,
-    "binary_cross_entropy": nn.BCEWithLogitsLoss,
-    "cross_entropy": nn.CrossEntropyLoss,
+LOSSES: dict[str, Callable[[int], nn.Module]] = {
+    "squared_error": lambda outputs: nn.MSELoss(),
+    "binary_cross_entropy": lambda outputs: nn.BCEWithLogitsLoss(),
+    "summed_binary_cross_entropy": lambda outputs: nn.BCEWithLogitsLoss(weight=torch.tensor(float(outputs))),
+    "cross_entropy": lambda outputs: nn.CrossEntropyLoss(),
 }
+"""Criteria of networks with so many outputs. All are means, over cases and outputs; the summed one adds up the
+outputs of a case."""
 TRAIN_EXAMPLES = 4_096  # the training loss is that of the whole split up to this size, else of a fixed subset
 _CHUNK = 1024
 
@@ -32,7 +35,7 @@ class Evaluation:
 
     def __init__(self, loss: str, data: Any) -> None:
         self._loss = loss
-        self._criterion = LOSSES[loss]()
+        self._criterion = LOSSES[loss](data.outputs)
         self._data = data
         self._train = (data.train.inputs, data.train.targets)
         examples = len(data.train.inputs)
@@ -42,11 +45,12 @@ class Evaluation:
             chosen = chosen.to(data.train.inputs.device)
             self._train = (data.train.inputs[chosen], data.train.targets[chosen])
         targets = data.train.targets
-        self._binary = loss == "binary_cross_entropy" and bool(((targets == 0) | (targets == 1)).all())
+        self._binary = loss.endswith("binary_cross_entropy") and bool(((targets == 0) | (targets == 1)).all())
 
     def __call__(self, network: nn.Module) -> dict[str, float | None]:
-        """``train_loss``, ``train_score``, ``validation_loss``, ``validation_score``, ``excess_loss`` (None without
-        planted targets: else the population loss minus the teacher's)."""
+        """``train_loss``, ``train_score``, ``validation_loss``, ``validation_score``, ``validation_error`` (the share
+        of wrong answers; None unless the task is to classify), ``excess_loss`` (the population loss minus the
+        teacher's; None without planted targets)."""
         data = self._data
         with _evaluating(network):
             train_loss, train_score = self._measure(network, *self._train)
@@ -60,6 +64,7 @@ class Evaluation:
             "train_score": train_score,
             "validation_loss": validation[0],
             "validation_score": validation[1],
+            "validation_error": 1.0 - (validation[1] or 0.0) if self._classifies else None,
             "excess_loss": excess,
         }
 
@@ -97,7 +102,7 @@ class Evaluation:
             return (outputs.argmax(dim=1) == targets).sum()
         if self._binary:
             return ((outputs > 0) == (targets > 0.5)).sum()
-        if self._loss == "binary_cross_entropy":
+        if self._loss.endswith("binary_cross_entropy"):
             outputs = outputs.sigmoid()
         return (outputs - targets).double().square().sum()
 

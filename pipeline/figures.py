@@ -8,7 +8,7 @@ colour that the MLflow UI gives it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from pipeline import statistics
+from pipeline.config import TARGETS
 from pipeline.records import Run
 from pipeline.statistics import ordered
 from pipeline.views import colour
@@ -30,6 +31,7 @@ Study = Mapping[str, Mapping[str, Sequence[Run]]]
 METRICS = {
     "train_loss": "training loss",
     "validation_loss": "validation loss",
+    "validation_error": "validation error",
     "excess_loss": "excess loss over the teacher",
 }
 PHASE_COLOURS = {
@@ -116,28 +118,30 @@ def loss(benchmark: str, pairs: Mapping[str, Sequence[Run]]) -> Figure:
     """The benchmark's target metric against optimizer steps (left) and seconds of training (right).
 
     Thin lines are seeds, thick ones medians over seeds (against seconds: median loss at the median time of the same
-    step); a dot marks where a seed reached the target.
+    step); a dot marks where a seed reached a target.
     """
     first = next(iter(pairs.values()))[0].summary
-    metric, target = str(first["target_metric"]), float(first["target_value"])
+    metric, targets = str(first["target_metric"]), {name: float(first[f"{name}_target"]) for name in TARGETS}
     figure = Figure(figsize=(8.4, 3.7), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, clock in zip(axes, ("step", "training_seconds"), strict=True):
         for optimizer in ordered(pairs):
             _curves(axis, pairs[optimizer], clock, metric, colour(optimizer))
-        axis.axhline(target, zorder=1.5, **_TARGET)
+        for target in targets.values():
+            axis.axhline(target, zorder=1.5, **_TARGET)
         axis.set_xlim(left=0)
         axis.xaxis.set_major_locator(MaxNLocator(6))
     axes[0].set_xlabel("optimizer steps")
     axes[1].set_xlabel("training time [s]")
     axes[0].set_ylabel(METRICS.get(metric, metric.replace("_", " ")))
     axes[0].set_yscale("log")
-    _fit_losses(axes[0], pairs, metric, target)
+    _fit_losses(axes[0], pairs, metric, targets.values())
     _log(axes[0], "y")
     handles = [Line2D([], [], color=colour(name), linewidth=2.2, label=name) for name in ordered(pairs)]
-    handles.append(Line2D([], [], label=f"target {target:g}", **_TARGET))
+    words = " and ".join(f"{name} {target:g}" for name, target in targets.items())
+    handles.append(Line2D([], [], label=f"targets: {words}", **_TARGET))
     runs = [run for runs in pairs.values() for run in runs]
-    if any(run.summary["target_reached"] for run in runs):
+    if any(run.summary[f"{name}_reached"] for run in runs for name in TARGETS):
         handles.append(Line2D([], [], label="target reached", **_dot("#777777")))
     if not all(statistics.finished(run.summary) for run in runs):
         handles.append(Line2D([], [], label="diverged or failed", **_cross("#777777")))
@@ -154,10 +158,10 @@ def _curves(axis: Axes, runs: Sequence[Run], clock: str, metric: str, shade: str
         axis.plot(*_columns(points), color=shade, linewidth=0.8, alpha=0.5, zorder=2)
         if not statistics.finished(run.summary):
             axis.plot(*_columns(points[-1:]), zorder=4, **_cross(shade))
-        at, value = run.summary["target_step"], dict(_points(run, "step", metric))
-        if run.summary["target_reached"] and at in value:
-            when = dict(_points(run, "step", clock)).get(at, 0.0)  # step 0 has no place on a log scale: the clock's 0
-            axis.plot([when], [value[at]], zorder=4, **_dot(shade))
+        value, when = dict(_points(run, "step", metric)), dict(_points(run, "step", clock))
+        for at in (run.summary[f"{name}_step"] for name in TARGETS):
+            if at in value:  # step 0 has no place on a log scale: the clock's 0
+                axis.plot([when.get(at, 0.0)], [value[at]], zorder=4, **_dot(shade))
     middle = statistics.median_curve([dict(_points(run, "step", metric)) for run in runs])
     if clock != "step":
         times = dict(statistics.median_curve([dict(_points(run, "step", clock)) for run in runs]))
@@ -171,32 +175,32 @@ def _points(run: Run, horizontal: str, vertical: str) -> list[tuple[float, float
     return [(float(row[horizontal]), float(row[vertical])) for row in rows if _positive(row[vertical])]
 
 
-def _fit_losses(axis: Axes, pairs: Mapping[str, Sequence[Run]], metric: str, target: float) -> None:
+def _fit_losses(axis: Axes, pairs: Mapping[str, Sequence[Run]], metric: str, targets: Collection[float]) -> None:
     """Keep one exploding run from flattening all others: show up to 3 times the largest initial loss."""
     curves = [_points(run, "step", metric) for runs in pairs.values() for run in runs]
     values = [value for curve in curves for _, value in curve]
     starts = [value for curve in curves for step, value in curve if step == 0]
     if values and starts:
         highest = min(max(values), 3 * max(starts))
-        axis.set_ylim(min(*values, target) / 1.15, max(highest, target) * 1.15)
+        axis.set_ylim(min(*values, *targets) / 1.15, max(highest, *targets) * 1.15)
 
 
 # ---------------------------------------------------------------- steps and seconds to target
 
 
 def summary(study: Study) -> Figure:
-    """Steps and seconds to target, a dot a seed and a bar at the median; rings at the edge did not get there."""
+    """Steps and seconds to the hard target, a dot a seed, a bar at the median; rings at the edge did not get there."""
     names = {benchmark: ordered(pairs) for benchmark, pairs in study.items()}
     heights = [len(order) + 0.9 for order in names.values()]
     figure = Figure(figsize=(8.4, 0.9 + 0.29 * sum(heights)), layout="constrained")
     grid = figure.subplots(len(study), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
     for (benchmark, pairs), axes in zip(study.items(), grid, strict=True):
-        for axis, clock in zip(axes, ("target_step", "target_seconds"), strict=True):
+        for axis, clock in zip(axes, ("step", "seconds"), strict=True):
             _dots(axis, pairs, names[benchmark], clock)
         axes[1].set_yticklabels([])
         axes[0].set_title(benchmark, loc="left", fontweight="bold")
-    for axis, label in zip(grid[-1], ("optimizer steps to target", "training time to target [s]"), strict=True):
-        axis.set_xlabel(label)
+    for axis, clock in zip(grid[-1], ("optimizer steps", "training seconds"), strict=True):
+        axis.set_xlabel(f"{clock} to the hard target")
     marks = [
         Line2D([], [], label="a seed", **_dot("#777777")),
         Line2D(
@@ -210,7 +214,7 @@ def summary(study: Study) -> Figure:
             label="median",
         ),
     ]
-    missed = [run.summary for run in _runs(study) if not run.summary["target_reached"]]
+    missed = [run.summary for run in _runs(study) if not run.summary["hard_reached"]]
     if any(statistics.finished(outcome) for outcome in missed):
         marks.append(Line2D([], [], label="not reached within the budget", **_ring("#777777")))
     if not all(statistics.finished(outcome) for outcome in missed):
@@ -220,7 +224,7 @@ def summary(study: Study) -> Figure:
 
 
 def _dots(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str], clock: str) -> None:
-    outcomes = {name: [statistics.to_target(run.summary, clock) for run in pairs[name]] for name in names}
+    outcomes = {name: [statistics.to_target(run.summary, "hard", clock) for run in pairs[name]] for name in names}
     known = [value for values in outcomes.values() for value in values if math.isfinite(value) and value > 0]
     low, high = (min(known), max(known)) if known else (1.0, 10.0)
     reach = max(high / low, 2.0) ** 0.06

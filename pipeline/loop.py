@@ -5,7 +5,8 @@ the same order: the order is a function of the seed and the epoch alone, and a b
 it, whatever its size. Batch size, averaging and schedule are the loop's, open to all alike. The training clock runs
 for gradient and step only, and a rehearsal on copies keeps what only a process's first step costs off it.
 
-A run ends in one of three ways. ``finished``: the budget is spent. ``diverged``: the loss is not finite, or above
+A run ends in one of three ways. ``finished``: the budget is spent, of steps or of seconds on the training clock; the
+clock is read at evaluations. ``diverged``: the loss is not finite, or above
 ``DIVERGED_FACTOR`` times the initial one at ``DIVERGED_EVALUATIONS`` evaluations in a row, and the run stops: a
 result like any other. ``failed``: something raised although loss and weights were finite.
 """
@@ -14,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import inspect
 import math
 import time
 import traceback
@@ -29,11 +28,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+from pipeline import optimizers
 from pipeline.clocks import PeakMemory, Stopwatch
-from pipeline.config import ConfigError, RunConfig, optimizer_class
+from pipeline.config import ConfigError, RunConfig
 from pipeline.evaluation import LOSSES, Evaluation
 from pipeline.probe import Probe
 from pipeline.records import Row
+from pipeline.seeds import number
 
 DIVERGED_FACTOR = 10.0
 DIVERGED_EVALUATIONS = 5
@@ -52,11 +53,11 @@ class Progress:
 
     step: int = 0
     examples: int = 0
+    seconds: float = 0.0  # the training clock at the last evaluation
     lr: float = 0.0
     history: list[Row] = field(default_factory=list)
     curvature: list[Row] = field(default_factory=list)
-    target_step: int | None = None
-    target_seconds: float | None = None
+    reached: dict[str, tuple[int, float]] = field(default_factory=dict)  # target -> step and seconds
     far_evaluations: int = 0  # evaluations in a row with a loss far above the initial one
     evaluation_seconds: float = 0.0
     diagnostics_seconds: float = 0.0
@@ -91,10 +92,9 @@ class Training:
         self.evaluation = Evaluation(run.loss, data)
         self.averaged = None if run.averaging is None else averaged_model(model, run.averaging)
         self.probe = Probe(run, model, data)
-        cls = optimizer_class(run)
-        self._rehearse(cls)
-        self.criterion = LOSSES[run.loss]()
-        self.optimizer = build_optimizer(cls, run, model, self.criterion, seed)
+        self._rehearse()
+        self.criterion = LOSSES[run.loss](data.outputs)
+        self.optimizer = optimizers.build(run, model, self.criterion, seed)
         self.scheduler = LambdaLR(self.optimizer, learning_rate_factor(run))
         self.stopwatch = Stopwatch(self.device)
         self.memory = PeakMemory(self.device)
@@ -107,15 +107,15 @@ class Training:
         """The network that is judged: the averaged one where weights are averaged."""
         return self.model if self.averaged is None else self.averaged
 
-    def _rehearse(self, cls: type[torch.optim.Optimizer]) -> None:
+    def _rehearse(self) -> None:
         """A step or two on copies, thrown away: lazy imports, workspaces and kernels are then ready.
 
         What raises in these steps raises again in the run, where it is recorded.
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            model, criterion = copy.deepcopy(self.model), LOSSES[self.run.loss]()
-            optimizer = build_optimizer(cls, self.run, model, criterion, self.seed)
+            model, criterion = copy.deepcopy(self.model), LOSSES[self.run.loss](self.data.outputs)
+            optimizer = optimizers.build(self.run, model, criterion, self.seed)
             count = batch_size(self.run, 0, self.order.examples)
             inputs, targets = self.data.train.inputs[:count], self.data.train.targets[:count]
             model.train()
@@ -131,7 +131,7 @@ class Training:
         try:
             self._evaluate(tracker, watch)
             self.model.train()
-            while self.progress.step < self.run.steps and self.progress.status == "finished":
+            while not self._over():
                 self._step()
                 if self.progress.step % self.run.evaluate_every == 0 or self.progress.step == self.run.steps:
                     self._evaluate(tracker, watch)
@@ -152,6 +152,12 @@ class Training:
                 self.progress.status = "diverged"
                 self.progress.message = f"weights not finite; {where}"
         return Outcome(self.progress.history, self.progress.curvature, self._summary(tested), failure, interrupted)
+
+    def _over(self) -> bool:
+        """Whether the budget is spent, or the run diverged."""
+        progress, run = self.progress, self.run
+        late = run.seconds is not None and progress.seconds >= run.seconds
+        return progress.step >= run.steps or late or progress.status != "finished"
 
     def _step(self) -> None:
         progress, model, optimizer = self.progress, self.model, self.optimizer
@@ -177,6 +183,7 @@ class Training:
         progress = self.progress
         self.memory.pause()
         seconds = self.stopwatch.seconds()
+        progress.seconds = sum(seconds.values())
         start = time.perf_counter()
         measured = self.evaluation(self.evaluated)
         progress.evaluation_seconds += time.perf_counter() - start
@@ -184,7 +191,7 @@ class Training:
             "step": progress.step,
             "epoch": progress.examples / self.order.examples,
             "examples": progress.examples,
-            "training_seconds": sum(seconds.values()),
+            "training_seconds": progress.seconds,
             **measured,
             "lr": progress.lr if progress.step else float(self.optimizer.param_groups[0]["lr"]),
             "batch_size": batch_size(self.run, progress.examples, self.order.examples),
@@ -193,9 +200,7 @@ class Training:
             **{f"stats_{name}": float(value) for name, value in getattr(self.optimizer, "stats", {}).items()},
         }
         progress.history.append(row)
-        value = measured[self.run.target_metric]
-        if progress.target_step is None and value is not None and value <= self.run.target_value:
-            progress.target_step, progress.target_seconds = progress.step, sum(seconds.values())
+        self._note_targets(measured[self.run.target_metric])
         self._judge(row)
         rows: list[Row] = []
         if progress.step in self.probe.steps and progress.status == "finished":
@@ -206,6 +211,14 @@ class Training:
         tracker.log(row, rows)
         watch(progress)
         self.memory.resume()
+
+    def _note_targets(self, value: float | None) -> None:
+        """The first evaluation at or below a target reaches it, if the seconds of the budget are not over."""
+        progress, run = self.progress, self.run
+        in_time = run.seconds is None or progress.seconds <= run.seconds
+        for name, target in run.targets.items():
+            if name not in progress.reached and in_time and value is not None and value <= target:
+                progress.reached[name] = progress.step, progress.seconds
 
     def _judge(self, row: Row) -> None:
         """Has the run diverged? See the head of this file."""
@@ -246,11 +259,9 @@ class Training:
             "diagnostics_seconds": progress.diagnostics_seconds,
             "peak_memory_mib": self.memory.mib,
             "target_metric": run.target_metric,
-            "target_value": run.target_value,
-            "target_reached": progress.target_step is not None,
-            "target_step": progress.target_step,
-            "target_seconds": progress.target_seconds,
-            **{name: last.get(name) for name in ("train_loss", "train_score", "validation_loss", "validation_score")},
+            **_target_keys(run.targets, progress.reached),
+            **{name: last.get(name) for name in ("train_loss", "train_score")},
+            **{f"validation_{name}": last.get(f"validation_{name}") for name in ("loss", "score", "error")},
             "test_loss": tested.get("test_loss"),
             "test_score": tested.get("test_score"),
             "best_validation_loss": min(filter(math.isfinite, losses), default=None),
@@ -259,33 +270,17 @@ class Training:
         }
 
 
-def build_optimizer(
-    cls: type[torch.optim.Optimizer], run: RunConfig, model: nn.Module, criterion: nn.Module, seed: int
-) -> torch.optim.Optimizer:
-    """The optimizer of this run. A class that asks for ``model`` first gets the network and the criterion to watch,
-    any other the parameters; one that draws random numbers gets a generator seeded by ``seed``."""
-    field = f"optimizer.{run.optimizer}"
-    closure = inspect.signature(cls.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(f"{field}._target_: {run.target_class!r} needs a closure; expected a step() without")
-    accepted = inspect.signature(cls).parameters
-    options = dict(run.options)
-    if "generator" in accepted and options.get("generator") is None:
-        options["generator"] = torch.Generator(next(model.parameters()).device).manual_seed(number(seed, "optimizer"))
-    try:
-        if next(iter(accepted), None) == "model":
-            return cls(model, loss=criterion, **options)  # type: ignore[call-arg, arg-type]
-        return cls(model.parameters(), **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{field}: refused by {run.target_class}: {' '.join(str(error).split())}") from error
+def _target_keys(targets: dict[str, float], reached: dict[str, tuple[int, float]]) -> dict[str, Any]:
+    """``hard_target``, ``hard_reached``, ``hard_step``, ``hard_seconds``, and the same for each target."""
+    keys: dict[str, Any] = {}
+    for name, target in targets.items():
+        step, seconds = reached.get(name, (None, None))
+        keys |= {f"{name}_target": target, f"{name}_reached": name in reached}
+        keys |= {f"{name}_step": step, f"{name}_seconds": seconds}
+    return keys
 
 
 # ---------------------------------------------------------------- order and size of batches
-
-
-def number(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose: 32 bits, which is what torch's CPU generator makes use of."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=4).digest(), "big")
 
 
 class Order:

@@ -14,12 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import TARGETS
 from pipeline.records import FILES
 
 _LOSSES = {"train_loss": "loss/train", "validation_loss": "loss/validation", "excess_loss": "loss/excess"}
-_HISTORY = {
+HISTORY = {
     **_LOSSES,
     "train_score": "score/train",
+    "validation_error": "score/validation_error",
     "validation_score": "score/validation",
     "lr": "optimizer/lr",
     "batch_size": "optimizer/batch_size",
@@ -31,13 +33,15 @@ _SUMMARY = {
     **{
         key: f"result/{key}"
         for key in (
-            *("train_loss", "train_score", "validation_loss", "validation_score", "test_loss", "test_score"),
-            *("best_validation_loss", "excess_loss", "teacher_loss", "parameters", "steps", "examples"),
+            *("train_loss", "train_score", "validation_loss", "validation_score", "validation_error", "test_loss"),
+            *("test_score", "best_validation_loss", "excess_loss", "teacher_loss", "parameters", "steps", "examples"),
         )
     },
-    "target_reached": "target/reached",
-    "target_step": "target/steps",
-    "target_seconds": "target/seconds",
+    **{
+        f"{target}_{key}": f"target/{target}_{name}"
+        for target in TARGETS
+        for key, name in (("reached", "reached"), ("step", "steps"), ("seconds", "seconds"))
+    },
     "evaluation_seconds": "time/evaluation_seconds",
     "diagnostics_seconds": "time/diagnostics_seconds",
 }
@@ -49,8 +53,8 @@ def history_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     for column, value in row.items():
         if column.startswith("stats_"):
             named[f"optimizer/{column.removeprefix('stats_')}"] = value
-        elif column in _HISTORY:
-            named[_HISTORY[column]] = value
+        elif column in HISTORY:
+            named[HISTORY[column]] = value
         elif column.endswith("_seconds"):
             named[f"time/{column}"] = value
     return _finite(named)
@@ -66,11 +70,8 @@ def curvature_metrics(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def summary_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of the end of a run. A run that diverged or failed did not reach the target."""
-    named = {name: summary.get(key) for key, name in _SUMMARY.items()}
-    if summary["status"] != "finished" and not summary.get("target_reached"):
-        named["target/reached"] = 0
-    return _finite(named)
+    """The metrics of the end of a run."""
+    return _finite({name: summary.get(key) for key, name in _SUMMARY.items()})
 
 
 def parameters(config: Mapping[str, Any]) -> dict[str, str]:

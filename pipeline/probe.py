@@ -97,7 +97,7 @@ class Probe:
         if not self.steps:
             return
         self._price = PRICES[run.diagnostics]
-        self._criterion = LOSSES[run.loss]()
+        self._criterion = LOSSES[run.loss](data.outputs)
         self._twin = copy.deepcopy(model).train()
         for module in self._twin.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import ConfigError
+from pipeline.config import TARGETS, ConfigError
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -39,15 +39,16 @@ FILES = ("config.yaml", "environment.json", "history.csv", "curvature.csv", "sum
 PICTURES = ("reconstructions.png",)  # which not every run has
 HISTORY_COLUMNS = (
     "step", "epoch", "examples", "training_seconds", "train_loss", "train_score", "validation_loss",
-    "validation_score", "excess_loss", "lr", "batch_size", "forward_backward_seconds", "statistics_seconds",
-    "inverses_seconds", "update_seconds", "peak_memory_mib",
+    "validation_score", "validation_error", "excess_loss", "lr", "batch_size", "forward_backward_seconds",
+    "statistics_seconds", "inverses_seconds", "update_seconds", "peak_memory_mib",
 )  # fmt: skip
 CURVATURE_COLUMNS = ("step", "layer", "quantity", "value")
 SUMMARY_KEYS = (
     "benchmark", "optimizer", "seed", "status", "message", "steps", "examples", "parameters", "training_seconds",
     "forward_backward_seconds", "statistics_seconds", "inverses_seconds", "update_seconds", "evaluation_seconds",
-    "diagnostics_seconds", "peak_memory_mib", "target_metric", "target_value", "target_reached", "target_step",
-    "target_seconds", "train_loss", "train_score", "validation_loss", "validation_score", "test_loss", "test_score",
+    "diagnostics_seconds", "peak_memory_mib", "target_metric",
+    *(f"{target}_{key}" for target in TARGETS for key in ("target", "reached", "step", "seconds")),
+    "train_loss", "train_score", "validation_loss", "validation_score", "validation_error", "test_loss", "test_score",
     "best_validation_loss", "excess_loss", "teacher_loss",
 )  # fmt: skip
 STATUSES = ("finished", "diverged", "failed")

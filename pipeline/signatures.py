@@ -17,6 +17,7 @@ from pipeline.checks import ConfigError, nearest
 
 REQUIRED = object()
 UNREADABLE = object()
+EXTRAS = {"pytorch_optimizer": "peers"}  # package -> the extra of pyproject.toml that has it
 CONNECTED = {"self", "params", "model", "loss", "generator"}  # what the training loop passes itself
 
 
@@ -42,7 +43,9 @@ def signature(target: str) -> Signature:
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        raise ConfigError(f"{target!r} cannot be imported: no package {parts[0]!r} in this environment")
+        extra = EXTRAS.get(parts[0])
+        remedy = f"; `pip install '.[{extra}]'` brings it" if extra else ""
+        raise ConfigError(f"{target!r} cannot be imported: no package {parts[0]!r} in this environment{remedy}")
     if spec.submodule_search_locations:
         root = Path(next(iter(spec.submodule_search_locations)))
     elif spec.origin and spec.origin.endswith(".py"):
@@ -148,6 +151,8 @@ def _arguments(root: Path, module: tuple[str, ...], node: ast.ClassDef) -> Signa
             result.open = True
             continue
         inherited = _arguments(root, *found)
+        if constructor is not None:  # it may pass on by itself what its base requires
+            inherited.arguments = {k: UNREADABLE if v is REQUIRED else v for k, v in inherited.arguments.items()}
         result.arguments = {**inherited.arguments, **result.arguments}
         result.open = result.open or inherited.open
     return result

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from pipeline.config import TARGETS
+
 ORDER = ("sgd", "adam", "kfac", "ekfac", "gkfac")
 """Optimizers in the order in which they are shown; any others follow by name."""
 
@@ -59,10 +61,11 @@ def finished(summary: Mapping[str, Any]) -> bool:
     return summary["status"] == "finished"
 
 
-def to_target(summary: Mapping[str, Any], quantity: str) -> float:
-    """``target_step`` or ``target_seconds`` of a run; infinity when the target was not reached."""
-    value = summary.get(quantity)
-    return float(value) if summary["target_reached"] and value is not None else math.inf
+def to_target(summary: Mapping[str, Any], target: str, quantity: str) -> float:
+    """``step``, ``examples`` or ``seconds`` of a run at the target ``easy`` or ``hard``; infinity when it was not
+    reached."""
+    value = summary.get(f"{target}_{quantity}")
+    return float(value) if summary[f"{target}_reached"] and value is not None else math.inf
 
 
 def final(summary: Mapping[str, Any], quantity: str) -> float | None:
@@ -106,13 +109,14 @@ def notes(summaries: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(clauses)
 
 
-def pair(summaries: Sequence[Mapping[str, Any]], budget: int) -> dict[str, Any]:
+def pair(summaries: Sequence[Mapping[str, Any]], budget: int, budget_seconds: float | None = None) -> dict[str, Any]:
     """One row of the table: all seeds of one optimizer on one benchmark.
 
     Arguments:
-        summaries: the ``summary.json`` of each seed, at least one; ``target_examples``, if there, is the number of
-            training examples seen when the target was reached.
+        summaries: the ``summary.json`` of each seed, at least one; ``easy_examples`` and ``hard_examples``, if there,
+            are the numbers of training examples seen when the target was reached.
         budget: the optimizer steps that each run was given.
+        budget_seconds: the seconds of training that each run was given; None: as many as the steps took.
 
     Returns:
         Column -> value. Losses, scores and examples have no unit; ``…_seconds…`` are seconds of training (evaluation
@@ -124,18 +128,21 @@ def pair(summaries: Sequence[Mapping[str, Any]], budget: int) -> dict[str, Any]:
         "benchmark": first["benchmark"],
         "optimizer": first["optimizer"],
         "target_metric": first["target_metric"],
-        "target_value": first["target_value"],
+        **{f"{target}_target": first[f"{target}_target"] for target in TARGETS},
         "budget_steps": budget,
+        "budget_seconds": budget_seconds,
         "parameters": first.get("parameters"),
         "seeds": len(summaries),
     }
     for status in ("finished", "diverged", "failed"):
         row[status] = sum(summary["status"] == status for summary in summaries)
-    row["reached"] = sum(bool(summary["target_reached"]) for summary in summaries)
-    row["reach_rate"] = row["reached"] / len(summaries)
-    row |= _spread_columns("steps_to_target", [to_target(s, "target_step") for s in summaries])
-    row |= _spread_columns("examples_to_target", [to_target(s, "target_examples") for s in summaries])
-    row |= _spread_columns("seconds_to_target", [to_target(s, "target_seconds") for s in summaries])
+    row |= _spread_columns("steps", [s["steps"] for s in summaries])
+    for target in TARGETS:
+        row[f"reached_{target}"] = sum(bool(summary[f"{target}_reached"]) for summary in summaries)
+        row[f"reach_rate_{target}"] = row[f"reached_{target}"] / len(summaries)
+        row |= _spread_columns(f"steps_to_{target}", [to_target(s, target, "step") for s in summaries])
+        row |= _spread_columns(f"examples_to_{target}", [to_target(s, target, "examples") for s in summaries])
+        row |= _spread_columns(f"seconds_to_{target}", [to_target(s, target, "seconds") for s in summaries])
     for quantity in LOSSES + SCORES:
         row |= _spread_columns(quantity, _measured(summaries, quantity))
     row |= _spread_columns("training_seconds", [s.get("training_seconds") for s in summaries])

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import ConfigError, RunConfig, load, resolve, run_stage
+from pipeline.config import TARGETS, ConfigError, RunConfig, load, optimizer_class, resolve, run_stage
 from pipeline.records import seed_folder, write_run
 
 if TYPE_CHECKING:
@@ -49,10 +49,9 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
     """Train all seeds of ``run`` and write their records; see the head of this file for how it ends."""
     from pipeline import data as datasets
     from pipeline import models, pictures, tracking
-    from pipeline.config import optimizer_class
     from pipeline.loop import Training
 
-    optimizer_class(run)
+    optimizer_class(f"optimizer.{run.optimizer}", run.target_class, run.options)
     folder = Path(results) / run.benchmark / run.optimizer
     _check_writable(folder)
     device = prepare_device(run)
@@ -242,11 +241,16 @@ def _outcome_line(summary: dict[str, Any]) -> str:
     title = f"{summary['benchmark']} {summary['optimizer']} seed {summary['seed']}: {summary['status']}"
     if summary["status"] != "finished":
         return f"{title}, {summary['message']}"
-    target = f"{summary['target_metric']} {summary['target_value']:g}"
-    reached = "not reached"
-    if summary["target_reached"]:
-        reached = f"at step {summary['target_step']}, {summary['target_seconds']:.2f} s"
-    return f"{title}, {_losses(summary)}, {summary['training_seconds']:.2f} s; {target}: {reached}"
+    reached = [_reached(summary, target) for target in TARGETS]
+    ending = f"{_losses(summary)}, {summary['training_seconds']:.2f} s"
+    return f"{title}, {ending}; {summary['target_metric']} {', '.join(reached)}"
+
+
+def _reached(summary: dict[str, Any], target: str) -> str:
+    value = f"{summary[f'{target}_target']:g}"
+    if not summary[f"{target}_reached"]:
+        return f"{value} not reached"
+    return f"{value} at step {summary[f'{target}_step']}, {summary[f'{target}_seconds']:.2f} s"
 
 
 if __name__ == "__main__":

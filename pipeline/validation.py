@@ -7,6 +7,8 @@ pipeline/hydra_plugins, while DVC composes the configuration.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import filter as filter_names
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from pipeline.signatures import CONNECTED, REQUIRED, UNREADABLE, Signature, sign
 
 CONF = Path(__file__).parent / "conf"
 SCHEDULE_KEYS = {"from", "to", "over_epochs"}
+TARGETS = ("easy", "hard")
+"""The targets of every benchmark; the last is the one of the headline."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,17 @@ IMAGES: dict[str, Rule] = {
     "split_seed": NATURAL,
 }
 PLANTED: dict[str, Any] = {
-    "task": Choice(("regression", "binary")),
+    "task": Choice(("regression", "binary", "classification")),
     "inputs": COUNT,
     "outputs": COUNT,
     "condition": Number(1),
-    "teacher": {"depth": COUNT, "width": COUNT, "activation": Choice(models.ACTIVATIONS), "scale": POSITIVE},
+    "teacher": {
+        "depth": COUNT,
+        "width": COUNT,
+        "activation": Choice(("none", "relu", "tanh")),
+        "batch_norm": Flag(),
+        "scale": POSITIVE,
+    },
     "noise": NOT_NEGATIVE,
     "train": COUNT,
     "validation": COUNT,
@@ -92,19 +102,24 @@ PLANTED: dict[str, Any] = {
     "population": COUNT,
     "seed": NATURAL,
 }
-LOSSES = ("squared_error", "binary_cross_entropy", "cross_entropy")
+LOSSES = ("squared_error", "binary_cross_entropy", "summed_binary_cross_entropy", "cross_entropy")
+SCHEDULE = Choice(("constant", "linear", "cosine"))
+TARGET_METRICS = ("train_loss", "validation_loss", "validation_error", "excess_loss")
 BENCHMARK: dict[str, Any] = {
     "loss": Choice(LOSSES),
     "batch_size": BatchSize(),
+    "warmup": NATURAL,
+    "schedule": SCHEDULE,
     "steps": COUNT,
+    "seconds": Optional(POSITIVE),
     "evaluate_every": COUNT,
-    "target": {"metric": Choice(("train_loss", "validation_loss", "excess_loss")), "value": POSITIVE},
+    "target": {"metric": Choice(TARGET_METRICS), **dict.fromkeys(TARGETS, POSITIVE)},
 }
 TRAINING: dict[str, Rule] = {
     "batch_size": Optional(BatchSize()),
     "averaging": Optional(FRACTION),
-    "warmup": NATURAL,
-    "schedule": Choice(("constant", "linear", "cosine")),
+    "warmup": Optional(NATURAL),
+    "schedule": Optional(SCHEDULE),
 }
 TOP: dict[str, Rule] = {
     "seeds": ListOf(NATURAL, distinct=True),
@@ -115,6 +130,7 @@ TOP: dict[str, Rule] = {
 TASKS_OF_LOSS = {
     "squared_error": ("regression", "autoencoder"),
     "binary_cross_entropy": ("binary", "autoencoder"),
+    "summed_binary_cross_entropy": ("binary", "autoencoder"),
     "cross_entropy": ("classification",),
 }
 
@@ -190,10 +206,18 @@ def maps_benchmarks(value: Any) -> bool:
 
 
 def by_benchmark(value: Any, benchmark: str) -> Any:
-    """The chosen benchmark's entry of a mapping by benchmark; any other value as it is."""
+    """The chosen benchmark's entry of a mapping by benchmark; any other value as it is.
+
+    The entry is that of the name itself, else of the first pattern that fits, such as cifar*, else the default.
+    """
     if not maps_benchmarks(value):
         return value
-    return value[benchmark] if benchmark in value else value["default"]
+    return value[_entry(value, benchmark) or "default"]
+
+
+def _entry(mapping: Mapping[str, Any], benchmark: str) -> str | None:
+    fitting = (key for key in mapping if fnmatchcase(benchmark, key))
+    return benchmark if benchmark in mapping else next(fitting, None)
 
 
 def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
@@ -224,12 +248,21 @@ def _check_benchmark(name: str, fields: Any, values: Mapping[str, Any]) -> None:
             f"{field}.loss: {fields['loss']!r} does not fit the task {data['task']!r} of {groups[0]}.{name}; "
             f"expected {' or '.join(fitting)}"
         )
-    if fields["target"]["metric"] == "excess_loss" and groups[0] == "images":
-        raise ConfigError(
-            f"{field}.target.metric: 'excess_loss' needs planted targets; expected train_loss or validation_loss"
-        )
+    _check_target(f"{field}.target", fields["target"], data["task"], planted=groups[0] == "planted")
     pictures = groups[0] == "images" and data["task"] == "classification"  # an autoencoder's are rows of pixels
     models.check_agreement(f"{field}.model", model, images=pictures)
+
+
+def _check_target(field: str, target: Mapping[str, Any], task: str, *, planted: bool) -> None:
+    metric = target["metric"]
+    if metric == "excess_loss" and not planted:
+        raise ConfigError(f"{field}.metric: {metric!r} needs planted targets; expected train_loss or validation_loss")
+    if metric == "validation_error" and task != "classification":
+        raise ConfigError(f"{field}.metric: {metric!r} needs classes; expected train_loss or validation_loss")
+    if not target["easy"] > target["hard"]:
+        raise ConfigError(
+            f"{field}.easy: {target['easy']} is not allowed; expected a number above {field}.hard, {target['hard']}"
+        )
 
 
 def _check_data(field: str, fields: Any) -> dict[str, Any]:
@@ -239,21 +272,30 @@ def _check_data(field: str, fields: Any) -> dict[str, Any]:
             f"{field}.validation: {fields['validation']} and test {fields['test']} leave no training examples; "
             "expected a sum < 1"
         )
+    if field.startswith("planted.") and fields["task"] != "regression" and fields["noise"] > 1:
+        raise ConfigError(f"{field}.noise: {fields['noise']} is not allowed; expected a share of the labels, at most 1")
     return fields
 
 
 def _check_optimizer(field: str, fields: Any, chosen: list[str]) -> None:
     fields = check_mapping(field, fields)
-    check(f"{field}._target_", fields.get("_target_"), TARGET_CLASS)
-    try:
-        known = signature(fields.pop("_target_"))
-    except ConfigError as error:
-        raise ConfigError(f"{field}._target_: {error}") from None
+    if "rest" in fields:
+        _check_class(f"{field}.rest", check_mapping(f"{field}.rest", fields.pop("rest")), chosen)
     training = check_mapping(f"{field}.training", fields.pop("training", {}))
     for name, value in training.items():
         if name not in TRAINING:
             raise unknown(f"{field}.training.{name}", name, TRAINING)
         _check_value(f"{field}.training.{name}", value, TRAINING[name], chosen)
+    _check_class(field, fields, chosen)
+
+
+def _check_class(field: str, fields: dict[str, Any], chosen: list[str]) -> None:
+    """Check the class that `_target_` names and the arguments beside it."""
+    check(f"{field}._target_", fields.get("_target_"), TARGET_CLASS)
+    try:
+        known = signature(fields.pop("_target_"))
+    except ConfigError as error:
+        raise ConfigError(f"{field}._target_: {error}") from None
     for name, value in fields.items():
         if name in CONNECTED:
             raise ConfigError(f"{field}.{name}: is passed by the training loop; remove it")
@@ -285,12 +327,12 @@ def _check_value(field: str, value: Any, rule: Rule, chosen: Iterable[str]) -> N
         return
     mapping = check_mapping(field, value)
     for name, entry in mapping.items():
-        if name != "default" and name not in available("benchmark"):
+        if name != "default" and not filter_names(available("benchmark"), name):
             names = [*available("benchmark"), "default"]
             raise unknown(f"{field}.{name}", name, names, "benchmark")
         check(f"{field}.{name}", entry, rule)
     for name in chosen:
-        if name not in mapping and "default" not in mapping:
+        if _entry(mapping, name) is None and "default" not in mapping:
             raise ConfigError(
                 f"{field}: has no value for benchmark {name} and no default; it has {', '.join(mapping) or 'none'}"
             )

@@ -11,6 +11,8 @@ import json
 import zlib
 from typing import Any
 
+from pipeline.metrics import HISTORY
+
 VIEW_KEY = "comparison"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 GROUP_TAG = "optimizer.compared"  # a name under which the colours below differ for the colour-blind, too
@@ -45,16 +47,19 @@ def note(benchmark: str) -> str:
 
 
 def comparison(target_metric: str) -> str:
-    """Value of the experiment tag VIEW_TAG. `target_metric` (train_loss, …) names the loss that opens the page."""
-    main = f"loss/{target_metric.removesuffix('_loss')}"
+    """Value of the experiment tag VIEW_TAG. `target_metric` (train_loss, …) names the curve that opens the page."""
+    main = HISTORY[target_metric]
     others = [name for name in ("loss/train", "loss/validation", "loss/excess") if name != main]
     sections = {
         "Race": [
             _line(main, f"{main} against steps", log=True),
             _line(main, f"{main} against training seconds", seconds=True, log=True),
-            _bar("target/steps", "Steps to the target"),
-            _bar("target/seconds", "Training seconds to the target"),
-            _bar("target/reached", "Share of seeds that reached the target"),
+            _bar("target/hard_steps", "Steps to the hard target"),
+            _bar("target/hard_seconds", "Training seconds to the hard target"),
+            _bar("target/hard_reached", "Share of seeds that reached the hard target"),
+            _bar("target/easy_steps", "Steps to the easy target"),
+            _bar("target/easy_seconds", "Training seconds to the easy target"),
+            _bar("target/easy_reached", "Share of seeds that reached the easy target"),
             _bar("result/test_loss", "Test loss at the end"),
         ],
         "Other losses and scores": [
@@ -111,9 +116,10 @@ def comparison(target_metric: str) -> str:
             *(
                 f"metrics.`{name}`"
                 for name in (
-                    "target/reached",
-                    "target/steps",
-                    "target/seconds",
+                    "target/hard_reached",
+                    "target/hard_steps",
+                    "target/hard_seconds",
+                    "target/easy_seconds",
                     f"result/{target_metric}",
                     "result/validation_loss",
                     "result/test_loss",

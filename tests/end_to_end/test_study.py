@@ -13,6 +13,7 @@ from mlflow_store import Tracked, tracked
 from repository import BENCHMARKS, OPTIMIZERS, SEEDS, Study, Workspace, stages_run, training_stages
 from ruamel.yaml import YAML
 
+from pipeline.config import TARGETS
 from pipeline.records import FILES, is_measured, read_runs
 
 PAIRS = [(benchmark, optimizer) for benchmark in BENCHMARKS for optimizer in OPTIMIZERS]
@@ -64,7 +65,8 @@ def test_the_store_holds_the_study_as_the_files_have_it(study: Study) -> None:
             for metric, column in (("loss/train", "train_loss"), ("loss/validation", "validation_loss")):
                 logged = [(step, value) for step, value, _ in run.series[metric]]
                 assert logged == [(row["step"], row[column]) for row in record.history]
-            assert run.series["target/reached"][0][1] == float(record.summary["target_reached"])
+            for target in TARGETS:
+                assert run.series[f"target/{target}_reached"][0][1] == float(record.summary[f"{target}_reached"])
             if record.summary["status"] == "finished":
                 assert run.series["result/test_loss"][0][1] == record.summary["test_loss"]
 

@@ -53,6 +53,15 @@ def test_validation_of_the_whole_file_imports_neither_torch_nor_mlflow() -> None
         ("optimizer.sgd.lr", None, ["null", "a number > 0"]),
         ("optimizer.sgd.lr", float("nan"), ["nan"]),
         ("optimizer.sgd.lr", {"default": 0.1, "toy_mpl": 0.2}, ["optimizer.sgd.lr.toy_mpl", "nearest: toy_mlp"]),
+        ("optimizer.sgd.lr", {"default": 0.1, "cifar_*": 0.2}, ["optimizer.sgd.lr.cifar_*", "unknown benchmark"]),
+        ("optimizer.sgd.rest", {"lr": 1}, ["optimizer.sgd.rest._target_", "dotted name"]),
+        (
+            "optimizer.sgd.rest",
+            {"_target_": "torch.optim.AdamW", "training": {}},
+            ["optimizer.sgd.rest.training: unknown hyper-parameter"],
+        ),
+        ("optimizer.sgd.rest", {"_target_": "torch.optim.AdamW", "lr": 0}, ["optimizer.sgd.rest.lr", "> 0"]),
+        ("benchmark.toy_mlp.schedule", "step", ["benchmark.toy_mlp.schedule", "constant, linear, cosine"]),
         ("optimizer.sgd.lr", {"default": 0.1, "toy_mlp": "fast"}, ["optimizer.sgd.lr.toy_mlp", "'fast'"]),
         ("optimizer.sgd.lr", {"toy_mlp": 0.1}, ["optimizer.sgd.lr", "no value for benchmark toy_linear", "default"]),
         ("optimizer.sgd.lr", {}, ["optimizer.sgd.lr", "no default"]),
@@ -97,6 +106,10 @@ def test_validation_of_the_whole_file_imports_neither_torch_nor_mlflow() -> None
             ["benchmark.toy_mlp.loss", "task 'binary'", "binary_cross_entropy"],
         ),
         ("benchmark.toy_mlp.target.metric", "train", ["benchmark.toy_mlp.target.metric", "train_loss"]),
+        ("benchmark.toy_mlp.target.value", 1, ["benchmark.toy_mlp.target.value", "valid: easy, hard, metric"]),
+        ("benchmark.toy_mlp.target.easy", 0.001, ["benchmark.toy_mlp.target.easy", "0.001", "above", "hard, 0.025"]),
+        ("benchmark.toy_mlp.target.metric", "validation_error", ["benchmark.toy_mlp.target.metric", "needs classes"]),
+        ("benchmark.toy_mlp.seconds", 0, ["benchmark.toy_mlp.seconds", "a number > 0", "null"]),
         ("benchmark.toy_mlp.target", ..., ["benchmark.toy_mlp.target", "missing"]),
         ("benchmark.digits_cnn.target.metric", "excess_loss", ["benchmark.digits_cnn.target.metric", "planted"]),
         ("benchmark.toy_mlp.model.name", "mpl", ["benchmark.toy_mlp.model.name", "nearest: mlp"]),
@@ -123,6 +136,8 @@ def test_validation_of_the_whole_file_imports_neither_torch_nor_mlflow() -> None
         ("images.toy_mlp", {"source": "digits"}, ["benchmark.toy_mlp", "images and planted"]),
         ("planted.mine", {}, ["planted.mine", "no benchmark 'mine' is chosen"]),
         ("planted.toy_mlp.condition", 0.5, ["planted.toy_mlp.condition", ">= 1"]),
+        ("planted.toy_mlp.noise", 1.5, ["planted.toy_mlp.noise", "1.5", "share of the labels"]),
+        ("planted.toy_mlp.teacher.batch_norm", 1, ["planted.toy_mlp.teacher.batch_norm", "true or false"]),
         ("planted.toy_mlp.teacher.depth", 0, ["planted.toy_mlp.teacher.depth", "integer >= 1"]),
         ("planted.toy_mlp.teacher", ..., ["planted.toy_mlp.teacher", "missing"]),
         ("seeds", 3, ["seeds", "3", "a list"]),
@@ -158,6 +173,8 @@ def test_a_bad_value_is_refused_in_one_line(committed: dict[str, Any], path: str
         ("optimizer.mine", {"_target_": "torch.optim.RMSprop", "lr": 0.01, "alpha": 0.9}),
         ("benchmark.digits_cnn.model", RESNET),
         ("benchmark.toy_mlp.model.width", [32, 16, 8, 8, 8, 16, 32]),
+        ("benchmark.digits_cnn.target", {"metric": "validation_error", "easy": 0.1, "hard": 0.02}),
+        ("benchmark.digits_cnn.seconds", 1.5),
         ("diagnostics", False),
         ("device", "cuda:1"),
     ],
@@ -181,6 +198,24 @@ def test_a_mapping_by_benchmark_resolves_to_the_benchmarks_entry_or_the_default(
     assert "training" not in toy.options
 
 
+def test_a_pattern_stands_for_the_benchmarks_that_it_fits_and_a_name_goes_before_it(committed: dict[str, Any]) -> None:
+    mapping = {"default": 0.1, "digits_*": 0.2, "*_cnn": 0.3, "digits_autoencoder": 0.4}
+    params = view(changed(committed, "optimizer.sgd.lr", mapping))
+    found = {name: resolve(params, name, "sgd").options["lr"] for name in params.benchmarks}
+    assert found == {"toy_linear": 0.1, "toy_mlp": 0.1, "digits_autoencoder": 0.4, "digits_cnn": 0.2}
+
+
+def test_the_loop_is_the_benchmarks_unless_the_optimizer_says_otherwise(committed: dict[str, Any]) -> None:
+    values = changed(committed, "benchmark.toy_mlp.schedule", "cosine")
+    values = changed(values, "benchmark.toy_mlp.warmup", 7)
+    run = resolve(view(values), "toy_mlp", "sgd")
+    assert (run.schedule, run.warmup, run.batch_size) == ("cosine", 7, 512)
+    run = resolve(
+        view(changed(values, "optimizer.sgd.training", {"schedule": "linear", "warmup": 0})), "toy_mlp", "sgd"
+    )
+    assert (run.schedule, run.warmup, run.averaging) == ("linear", 0, None)
+
+
 def test_a_pair_that_is_not_chosen_is_refused_by_name(committed: dict[str, Any]) -> None:
     params = view(committed)
     with pytest.raises(ConfigError, match=r"optimizer: 'ekfacc' .*nearest: ekfac"):
@@ -192,13 +227,14 @@ def test_a_pair_that_is_not_chosen_is_refused_by_name(committed: dict[str, Any])
 def test_a_target_that_is_no_optimizer_is_refused_after_import(committed: dict[str, Any]) -> None:
     run = resolve(view(changed(committed, "optimizer.mine", {"_target_": "torch.nn.Linear"})), "toy_mlp", "mine")
     with pytest.raises(ConfigError, match=r"optimizer\.mine\._target_: 'torch\.nn\.Linear' is not a subclass"):
-        optimizer_class(run)
+        optimizer_class("optimizer.mine", run.target_class)
 
 
 def test_every_optimizer_of_the_default_study_is_an_importable_optimizer(committed: dict[str, Any]) -> None:
     params = view(committed)
     for name in params.optimizers:
-        optimizer_class(resolve(params, "toy_mlp", name))
+        run = resolve(params, "toy_mlp", name)
+        optimizer_class(f"optimizer.{name}", run.target_class, run.options)
 
 
 def test_scientific_notation_is_a_number_in_params_yaml(tmp_path: Path) -> None:

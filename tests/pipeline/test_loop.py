@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -50,6 +51,12 @@ class Recording(torch.optim.SGD):
 class Exploding(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         raise RuntimeError("no luck\nat all")
+
+
+class Slow(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        time.sleep(0.015)
+        super().step()
 
 
 class Poisoned(torch.optim.SGD):
@@ -214,21 +221,46 @@ def test_the_schedule_reaches_every_group_and_the_recorded_rate_is_that_of_the_l
 def test_the_target_is_reached_at_the_first_evaluation_at_or_below_it() -> None:
     history = train(a_run()).history
     value = history[2]["train_loss"]
-    summary = train(a_run(target_value=value)).summary
-    assert summary["target_reached"] and summary["target_step"] == 10
-    assert 0 < summary["target_seconds"] < summary["training_seconds"]
-    missed = train(a_run(target_value=1e-9)).summary
-    assert (missed["target_reached"], missed["target_step"], missed["target_seconds"]) == (False, None, None)
+    summary = train(a_run(targets={"easy": value, "hard": 1e-9})).summary
+    assert summary["easy_reached"] and summary["easy_step"] == 10
+    assert 0 < summary["easy_seconds"] < summary["training_seconds"]
+    assert (summary["hard_reached"], summary["hard_step"], summary["hard_seconds"]) == (False, None, None)
+    both = train(a_run(targets={"easy": history[1]["train_loss"], "hard": value})).summary
+    assert (both["easy_step"], both["hard_step"]) == (5, 10)
+
+
+def test_a_budget_in_seconds_ends_a_run_at_the_evaluation_that_finds_it_spent() -> None:
+    run = a_run(target_class=f"{__name__}.Slow", options={"lr": 0.1}, steps=1000, seconds=0.1)
+    outcome = train(run)
+    summary, clock = outcome.summary, [row["training_seconds"] for row in outcome.history]
+    assert summary["status"] == "finished" and summary["steps"] % run.evaluate_every == 0
+    assert clock[-2] < 0.1 <= clock[-1] == summary["training_seconds"]
+    assert 5 <= summary["steps"] <= 10  # a step takes 15 ms at least
+
+
+def test_a_target_that_is_reached_after_the_seconds_of_the_budget_is_missed() -> None:
+    run = a_run(target_class=f"{__name__}.Slow", options={"lr": 0.1}, seconds=0.01)
+    last = train(run).history[-1]
+    assert last["step"] == 5
+    late = train(replace(run, targets={"easy": 1e9, "hard": last["train_loss"]})).summary
+    assert (late["easy_step"], late["hard_reached"]) == (0, False)
+
+
+def test_the_error_is_the_share_of_wrong_answers_and_can_be_the_target() -> None:
+    run = a_run(loss="cross_entropy", target_metric="validation_error", targets={"easy": 1.0, "hard": 0.0})
+    outcome = train(run)
+    assert all(row["validation_error"] == 1 - row["validation_score"] for row in outcome.history)
+    assert outcome.summary["easy_step"] == 0 and not outcome.summary["hard_reached"]
 
 
 def test_excess_loss_is_the_population_loss_over_the_teachers() -> None:
     data = some_data(planted=True)
-    training = Training(a_run(target_metric="excess_loss", target_value=1e9), data, 0, a_network())
+    training = Training(a_run(target_metric="excess_loss", targets={"easy": 2e9, "hard": 1e9}), data, 0, a_network())
     outcome = training.train(Listener())
     assert data.population is not None and data.teacher_loss is not None
     loss = nn.functional.mse_loss(training.model(data.population.inputs), data.population.targets)
     assert outcome.summary["excess_loss"] == pytest.approx(loss.item() - data.teacher_loss)
-    assert outcome.summary["target_step"] == 0
+    assert outcome.summary["hard_step"] == 0
 
 
 def test_an_optimizer_that_asks_for_the_model_gets_it_with_the_criterion_and_a_seeded_generator() -> None:

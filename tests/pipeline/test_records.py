@@ -114,4 +114,4 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
 
 def test_clocks_and_memory_are_known_by_name() -> None:
     assert is_measured("training_seconds") and is_measured("peak_memory_mib") and is_measured("start_time")
-    assert not is_measured("target_step") and not is_measured("train_loss")
+    assert not is_measured("hard_step") and not is_measured("train_loss")

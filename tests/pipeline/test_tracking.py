@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import metrics, records, tracking, views
-from pipeline.config import ConfigError, resolve
+from pipeline.config import TARGETS, ConfigError, resolve
 from tests.pipeline import synthetic_records as study
 
 BENCHMARK = "digits_autoencoder"
@@ -90,8 +90,9 @@ def test_the_summary_is_in_result_and_target_metrics_and_the_files_are_artifacts
     run = runs(root)["kfac seed 0"]
     found = run.data.metrics
     assert found["result/test_loss"] == summary["test_loss"]
-    assert (found["target/reached"], found["target/steps"]) == (1, summary["target_step"])
-    assert found["target/seconds"] == summary["target_seconds"]
+    for target in TARGETS:
+        assert (found[f"target/{target}_reached"], found[f"target/{target}_steps"]) == (1, summary[f"{target}_step"])
+        assert found[f"target/{target}_seconds"] == summary[f"{target}_seconds"]
     assert found["time/tracking_seconds"] > 0
     assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "finished")
     listed = {artifact.path for artifact in client(root).list_artifacts(run.info.run_id)}
@@ -124,7 +125,7 @@ def test_a_diverged_run_is_finished_and_did_not_reach_the_target(root: Path) -> 
     train(root, chosen("sgd"), "sgd", diverged=True)
     run = runs(root)["sgd seed 0"]
     assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "diverged")
-    assert run.data.metrics["target/reached"] == 0 and "target/steps" not in run.data.metrics
+    assert run.data.metrics["target/hard_reached"] == 0 and "target/hard_steps" not in run.data.metrics
     assert "not finite" in run.data.tags["message"]
 
 
@@ -206,7 +207,7 @@ def test_the_prefilled_view_is_in_the_experiment_and_its_link_is_printed(
     assert (first["metricKey"], first["xAxisKey"], first["scaleType"]) == ("loss/train", "step", "log")
     assert (second["metricKey"], second["xAxisKey"], second["scaleType"]) == ("loss/train", "time-relative", "log")
     bars = {card["metricKey"] for card in view["compareRunCharts"] if card["type"] == "BAR"}
-    assert {"target/steps", "target/seconds"} <= bars
+    assert {f"target/{target}_{clock}" for target in TARGETS for clock in ("steps", "seconds")} <= bars
     assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": views.GROUP_TAG}]
     tracking.main(["views", "--port", "5123"])
     line = capsys.readouterr().out
@@ -214,8 +215,11 @@ def test_the_prefilled_view_is_in_the_experiment_and_its_link_is_printed(
     assert "workflowType=machine_learning&viewStateShareKey=comparison&compareRunsMode=CHART" in line
 
 
-def test_a_benchmark_with_excess_loss_opens_with_it() -> None:
-    assert views.read(views.comparison("excess_loss"))["compareRunCharts"][0]["metricKey"] == "loss/excess"
+@pytest.mark.parametrize(
+    ("target", "shown"), [("excess_loss", "loss/excess"), ("validation_error", "score/validation_error")]
+)
+def test_a_benchmark_opens_with_the_metric_of_its_targets(target: str, shown: str) -> None:
+    assert views.read(views.comparison(target))["compareRunCharts"][0]["metricKey"] == shown
 
 
 @pytest.mark.parametrize("names", [("sgd", "adam", "kfac", "ekfac", "gkfac")])
