@@ -48,7 +48,7 @@ def main(benchmark: str, optimizer: str) -> None:
 def train(run: RunConfig, results: str | Path = RESULTS) -> None:
     """Train all seeds of ``run`` and write their records; see the head of this file for how it ends."""
     from pipeline import data as datasets
-    from pipeline import models, tracking
+    from pipeline import models, pictures, tracking
     from pipeline.loop import Training
 
     optimizer_class(f"optimizer.{run.optimizer}", run.target_class, run.options)
@@ -76,6 +76,7 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
             curvature=outcome.curvature,
             summary=outcome.summary,
             failure=outcome.failure,
+            pictures=pictures.of_run(run, data, training.evaluated) if outcome.summary["status"] == "finished" else {},
         )
         tracker.finish(outcome.summary, place)
         print(_outcome_line(outcome.summary), flush=True)
