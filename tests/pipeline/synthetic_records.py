@@ -66,6 +66,7 @@ def params(
         compile=False,
         channels_last=False,
         deterministic=True,
+        image_folder=None,
         diagnostics="light",
     )
 

@@ -14,6 +14,7 @@ from pipeline.config import load, optimizer_class, resolve, view
 from pipeline.signatures import signature
 
 ROOT = Path(__file__).parents[2]
+RESNET = {"name": "resnet", "depth": 20, "shortcut": "pad", "init": "default", "gain": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,18 @@ def test_validation_of_the_whole_file_imports_neither_torch_nor_mlflow() -> None
         ("benchmark.toy_mlp.model.width", 0, ["benchmark.toy_mlp.model.width", "integer >= 1"]),
         ("benchmark.digits_autoencoder.model.widths", [], ["benchmark.digits_autoencoder.model.widths", "one or more"]),
         ("benchmark.toy_mlp.model", ..., ["benchmark.toy_mlp.model", "chosen"]),
+        ("benchmark.toy_mlp.model.width", [5, 5], ["benchmark.toy_mlp.model.width", "[5, 5]", "a list of 7"]),
+        (
+            "benchmark.digits_cnn.model",
+            {**RESNET, "depth": 21},
+            ["benchmark.digits_cnn.model.depth", "21", "8, 14, 20"],
+        ),
+        ("benchmark.toy_mlp.model", RESNET, ["benchmark.toy_mlp.model.name", "'resnet' needs images"]),
+        (
+            "benchmark.digits_autoencoder.model",
+            RESNET,
+            ["benchmark.digits_autoencoder.model.name", "mlp or autoencoder"],
+        ),
         ("images.digits_cnn.validation", 0.9, ["images.digits_cnn.validation", "sum < 1"]),
         ("images.digits_cnn.source", "digit", ["images.digits_cnn.source", "nearest: digits"]),
         ("images.digits_cnn", ..., ["benchmark.digits_cnn", "images or planted"]),
@@ -163,6 +176,8 @@ def test_a_bad_value_is_refused_in_one_line(committed: dict[str, Any], path: str
         ("optimizer.ekfac.scale_interval", 3),
         ("optimizer.adam.fused", True),
         ("optimizer.mine", {"_target_": "torch.optim.RMSprop", "lr": 0.01, "alpha": 0.9}),
+        ("benchmark.digits_cnn.model", RESNET),
+        ("benchmark.toy_mlp.model.width", [32, 16, 8, 8, 8, 16, 32]),
         ("benchmark.digits_cnn.target", {"metric": "validation_error", "easy": 0.1, "hard": 0.02}),
         ("benchmark.digits_cnn.seconds", 1.5),
         ("diagnostics", False),
@@ -270,8 +285,12 @@ def test_an_unreadable_params_yaml_is_one_line(tmp_path: Path, content: str | No
     assert "\n" not in str(refusal.value)
 
 
+SOAP = "pytorch_optimizer.optimizer.soap.SOAP"
+SHAMPOO = "pytorch_optimizer.optimizer.shampoo.ScalableShampoo"
+
+
 @pytest.mark.parametrize(
-    "target", ["torch.optim.SGD", "torch.optim.AdamW", "torch.optim.Muon", "kfac.KFAC", "kfac.EKFAC"]
+    "target", ["torch.optim.SGD", "torch.optim.AdamW", "torch.optim.Muon", "kfac.KFAC", "kfac.EKFAC", SOAP, SHAMPOO]
 )
 def test_a_signature_read_from_source_is_that_of_the_imported_class(target: str) -> None:
     import importlib
@@ -293,6 +312,24 @@ def test_a_signature_read_from_source_is_that_of_the_imported_class(target: str)
             continue
         assert parameter.name in known.arguments
     assert "lr" in known.arguments
+
+
+def test_a_misspelt_argument_of_a_class_that_would_swallow_it_is_refused(committed: dict[str, Any]) -> None:
+    fields = {"_target_": SOAP, "lr": 0.003, "precondition_frequenzy": 1}
+    with pytest.raises(ConfigError, match=r"optimizer\.soap\.precondition_frequenzy.*nearest: precondition_frequency"):
+        view(changed(committed, "optimizer.soap", fields))
+
+
+def test_an_optimizer_whose_package_is_not_installed_names_the_extra_that_has_it(
+    committed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)  # Python's own way to say that it cannot be imported
+    signature.cache_clear()
+    with pytest.raises(ConfigError) as refusal:
+        view(changed(committed, "optimizer.soap", {"_target_": SOAP, "lr": 0.003}))
+    line = str(refusal.value)
+    assert line.startswith("optimizer.soap._target_: ") and "\n" not in line
+    assert "no package 'pytorch_optimizer'" in line and "pip install '.[peers]'" in line
 
 
 def test_arguments_of_bases_in_the_same_package_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
