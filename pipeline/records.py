@@ -9,6 +9,7 @@ One run is one folder, ``results/<benchmark>/<optimizer>/seed-<k>/``:
 | ``history.csv`` | one row an evaluation |
 | ``curvature.csv`` | one row a diagnostic: step, layer (empty: the whole model), quantity, value |
 | ``summary.json`` | the outcome, flat |
+| ``reconstructions.png`` | of an autoencoder: inputs and what the trained network makes of them |
 
 Floats are written by ``repr``, the shortest text that reads back to the same double. Columns and keys that hold a
 clock or memory have ``seconds``, ``time`` or ``memory`` in their name (:func:`is_measured`); all others are functions
@@ -35,6 +36,7 @@ Value = float | int | str | bool | None
 Row = dict[str, Value]
 
 FILES = ("config.yaml", "environment.json", "history.csv", "curvature.csv", "summary.json")
+PICTURES = ("reconstructions.png",)  # which not every run has
 HISTORY_COLUMNS = (
     "step", "epoch", "examples", "training_seconds", "train_loss", "train_score", "validation_loss",
     "validation_score", "validation_error", "excess_loss", "lr", "batch_size", "forward_backward_seconds",
@@ -88,10 +90,11 @@ def write_run(
     curvature: Sequence[Mapping[str, Value]],
     summary: Mapping[str, Any],
     failure: str | None = None,
+    pictures: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the records of a seed into a hidden folder beside ``folder``, then put it in place by one rename.
 
-    ``failure`` (the traceback of a run that raised) becomes ``failure.txt``.
+    ``failure`` (the traceback of a run that raised) becomes ``failure.txt``; ``pictures`` are files by name.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -105,6 +108,8 @@ def write_run(
         _write_json(partial / "summary.json", summary)
         if failure is not None:
             (partial / "failure.txt").write_text(failure, encoding="utf-8")
+        for name, content in (pictures or {}).items():
+            (partial / name).write_bytes(content)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     finally:

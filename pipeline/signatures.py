@@ -151,6 +151,8 @@ def _arguments(root: Path, module: tuple[str, ...], node: ast.ClassDef) -> Signa
             result.open = True
             continue
         inherited = _arguments(root, *found)
+        if constructor is not None:  # it may pass on by itself what its base requires
+            inherited.arguments = {k: UNREADABLE if v is REQUIRED else v for k, v in inherited.arguments.items()}
         result.arguments = {**inherited.arguments, **result.arguments}
         result.open = result.open or inherited.open
     return result

@@ -31,7 +31,7 @@ from pipeline.metrics import (
     records_hash,
     summary_metrics,
 )
-from pipeline.records import FILES, read_run
+from pipeline.records import FILES, PICTURES, read_run
 from pipeline.store import ALLOWED, VARIABLE, place, reason, within, workspace
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ class Tracker:
     def _attach(self, folder: Path) -> None:
         """Keep the record files with the run. Where a server stores files is another place, and may be out of reach."""
         try:
-            for name in FILES:
+            for name in (*FILES, *PICTURES):
                 if (folder / name).exists():
                     self._store.client.log_artifact(self.run_id, str(folder / name))
         except Exception as error:

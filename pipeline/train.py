@@ -41,7 +41,7 @@ def main(benchmark: str, optimizer: str) -> None:
 def train(run: RunConfig, results: str | Path = RESULTS) -> None:
     """Train all seeds of ``run`` and write their records; see the head of this file for how it ends."""
     from pipeline import data as datasets
-    from pipeline import models, tracking
+    from pipeline import models, pictures, tracking
     from pipeline.device import describe_environment, placed, prepare_device
     from pipeline.loop import Training
 
@@ -70,6 +70,7 @@ def train(run: RunConfig, results: str | Path = RESULTS) -> None:
             curvature=outcome.curvature,
             summary=outcome.summary,
             failure=outcome.failure,
+            pictures=pictures.of_run(run, data, training.evaluated) if outcome.summary["status"] == "finished" else {},
         )
         tracker.finish(outcome.summary, place)
         print(_outcome_line(outcome.summary), flush=True)

@@ -8,7 +8,7 @@ touched; a projection sees the activated input.
 from torch import nn
 
 from pipeline.models.initial import he_
-from pipeline.models.residual import Block, Sum, bypass, chain, classifier, conv, stages
+from pipeline.models.residual import Block, Residual, bypass, chain, classifier, conv, stages
 
 
 def make(input_shape: tuple[int, ...], outputs: int, depth: int, shortcut: str) -> nn.Module:
@@ -34,7 +34,7 @@ def block(shortcut: str, dropout: float = 0.0) -> Block:
             rest["dropout"] = nn.Dropout(dropout)
         rest["conv2"] = conv(channels, channels, 3)
         if shortcut == "projection" and (inputs, stride) != (channels, 1):
-            return chain(**first, sum=Sum(chain(**rest), conv(inputs, channels, 1, stride)))
-        return Sum(chain(**first, **rest), bypass(shortcut, inputs, channels, stride))
+            return Residual(chain(**rest), conv(inputs, channels, 1, stride), before=chain(**first))
+        return Residual(chain(**first, **rest), bypass(shortcut, inputs, channels, stride))
 
     return make_block

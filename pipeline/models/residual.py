@@ -1,4 +1,4 @@
-"""What residual networks share: a sum of two paths, what bypasses a branch, three stages, and a classifier.
+"""What residual networks share: the sum of a branch and a shortcut, three stages, and a classifier.
 
 Layers have names, so that a curvature block is called `stage2.block3.branch.conv1`.
 """
@@ -13,15 +13,20 @@ Block = Callable[[int, int, int], nn.Module]
 """Input channels, output channels and stride -> a block."""
 
 
-class Sum(nn.Module):
-    """x -> branch(x) + shortcut(x)"""
+class Residual(nn.Module):
+    """x -> after(branch(z) + shortcut(z)) with z = before(x); `before` and `after` are the identity unless given."""
 
-    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+    def __init__(
+        self, branch: nn.Module, shortcut: nn.Module, before: nn.Module | None = None, after: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        self.before = nn.Identity() if before is None else before
         self.branch, self.shortcut = branch, shortcut
+        self.after = nn.Identity() if after is None else after
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.branch(x) + self.shortcut(x)
+        z = self.before(x)
+        return self.after(self.branch(z) + self.shortcut(z))
 
 
 class Pad(nn.Module):

@@ -7,7 +7,7 @@ is the paper's choice for CIFAR.
 from torch import nn
 
 from pipeline.models.initial import he_
-from pipeline.models.residual import Sum, bypass, chain, classifier, conv, stages
+from pipeline.models.residual import Residual, bypass, chain, classifier, conv, stages
 
 
 def make(input_shape: tuple[int, ...], outputs: int, depth: int, shortcut: str) -> nn.Module:
@@ -21,7 +21,7 @@ def make(input_shape: tuple[int, ...], outputs: int, depth: int, shortcut: str) 
             conv2=conv(channels, channels, 3),
             norm2=nn.BatchNorm2d(channels),
         )
-        return chain(sum=Sum(branch, bypass(shortcut, inputs, channels, stride)), relu=nn.ReLU())
+        return Residual(branch, bypass(shortcut, inputs, channels, stride), after=nn.ReLU())
 
     stem = chain(conv=conv(input_shape[0], 16, 3), norm=nn.BatchNorm2d(16), relu=nn.ReLU())
     return he_(chain(stem=stem, **stages(block, 16, (16, 32, 64), (depth - 2) // 6), **classifier(64, outputs)))

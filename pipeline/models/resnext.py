@@ -5,7 +5,7 @@ grouped. ResNeXt-29 8x64d is depth 29, cardinality 8, width 64.
 from torch import nn
 
 from pipeline.models.initial import he_
-from pipeline.models.residual import Sum, bypass, chain, classifier, conv, stages
+from pipeline.models.residual import Residual, bypass, chain, classifier, conv, stages
 
 _CHANNELS = (256, 512, 1024)  # of a stage's output
 
@@ -28,7 +28,7 @@ def make(input_shape: tuple[int, ...], outputs: int, depth: int, cardinality: in
             expand=conv(inner, channels, 1),
             norm3=nn.BatchNorm2d(channels),
         )
-        return chain(sum=Sum(branch, bypass("projection", inputs, channels, stride)), relu=nn.ReLU())
+        return Residual(branch, bypass("projection", inputs, channels, stride), after=nn.ReLU())
 
     stem = chain(conv=conv(input_shape[0], 64, 3), norm=nn.BatchNorm2d(64), relu=nn.ReLU())
     return he_(chain(stem=stem, **stages(block, 64, _CHANNELS, (depth - 2) // 9), **classifier(1024, outputs)))

@@ -43,7 +43,7 @@ def set_parameter(workspace: Workspace, field: str, value: Any) -> None:
     [
         ("--queue -S optimizer=ekfacc", ["optimizer", "'ekfacc'", "nearest: ekfac", "valid: adam, "]),
         ("-S benchmark=[digits_cn]", ["benchmark", "'digits_cn'", "nearest: digits_cnn", "toy_mlp"]),
-        ("-S study=smok", ["study", "'smok'", "nearest: smoke"]),
+        ("-S study=tin", ["study", "'tin'", "nearest: tiny"]),
         ("-S optimizer.sgd.momentun=0.5", ["optimizer.sgd.momentun", "nearest: momentum"]),
         ("--temp -S optimizer.sgd.lr=fast", ["optimizer.sgd.lr: 'fast'", "a number > 0"]),
         ("-S optimizer.sgd.momentum=1.5", ["optimizer.sgd.momentum: 1.5", "< 1"]),

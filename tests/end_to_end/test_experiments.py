@@ -119,7 +119,7 @@ def test_a_temporary_experiment_leaves_workspace_and_branch_alone(workspace: Wor
         (["images.digits_cnn.validation=0.2"], {"digits_cnn-sgd", "digits_cnn-kfac"}),
         (["seeds=[5]", "benchmark=toy_linear"], {"toy_linear-sgd", "toy_linear-kfac"}),
         (
-            ["study=smoke", "seeds=[3]"],
+            ["study=tiny", "seeds=[3]"],
             {f"{benchmark}-{optimizer}" for benchmark in BENCHMARKS for optimizer in ("sgd", "kfac", "gkfac")},
         ),
     ],

@@ -54,8 +54,8 @@ def test_every_study_composes_and_the_command_line_wins_over_it(tmp_path: Path, 
     assert list(params.optimizers) == ["ekfac"]
 
 
-def test_the_smoke_study_overrides_the_values_of_its_benchmarks(tmp_path: Path) -> None:
-    params = composed(tmp_path, "study=smoke")
+def test_the_tiny_study_overrides_the_values_of_its_benchmarks(tmp_path: Path) -> None:
+    params = composed(tmp_path, "study=tiny")
     assert all(fields["steps"] <= 50 for fields in params.benchmarks.values())
     assert len(params.seeds) == 1
 
@@ -101,7 +101,7 @@ def test_the_kronecker_optimizers_tune_themselves_by_default() -> None:
         ("optimizer=ekfacc", ["optimizer: unknown optimizer 'ekfacc'", "nearest: ekfac", "valid: adam, "]),
         ("optimizer=[sgd,ekfacc]", ["optimizer: unknown optimizer 'ekfacc'", "nearest: ekfac", "valid: adam, "]),
         ("benchmark=digits", ["benchmark: unknown benchmark 'digits'", "valid: digits_autoencoder, digits_cnn, "]),
-        ("study=smok", ["study: unknown study 'smok'", "nearest: smoke"]),
+        ("study=tin", ["study: unknown study 'tin'", "nearest: tiny"]),
         ("optimiser=ekfac", ["optimiser: unknown", "nearest: optimizer"]),
         ("optimizer=[ekfac", ["'[ekfac'"]),
     ],

@@ -14,6 +14,7 @@ from pipeline.config import load, optimizer_class, resolve, view
 from pipeline.signatures import signature
 
 ROOT = Path(__file__).parents[2]
+RESNET = {"name": "resnet", "depth": 20, "shortcut": "pad", "init": "default", "gain": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,18 @@ def test_validation_of_the_whole_file_imports_neither_torch_nor_mlflow() -> None
         ("benchmark.toy_mlp.model.width", 0, ["benchmark.toy_mlp.model.width", "integer >= 1"]),
         ("benchmark.digits_autoencoder.model.widths", [], ["benchmark.digits_autoencoder.model.widths", "one or more"]),
         ("benchmark.toy_mlp.model", ..., ["benchmark.toy_mlp.model", "chosen"]),
+        ("benchmark.toy_mlp.model.width", [5, 5], ["benchmark.toy_mlp.model.width", "[5, 5]", "a list of 7"]),
+        (
+            "benchmark.digits_cnn.model",
+            {**RESNET, "depth": 21},
+            ["benchmark.digits_cnn.model.depth", "21", "8, 14, 20"],
+        ),
+        ("benchmark.toy_mlp.model", RESNET, ["benchmark.toy_mlp.model.name", "'resnet' needs images"]),
+        (
+            "benchmark.digits_autoencoder.model",
+            RESNET,
+            ["benchmark.digits_autoencoder.model.name", "mlp or autoencoder"],
+        ),
         ("images.digits_cnn.validation", 0.9, ["images.digits_cnn.validation", "sum < 1"]),
         ("images.digits_cnn.source", "digit", ["images.digits_cnn.source", "nearest: digits"]),
         ("images.digits_cnn", ..., ["benchmark.digits_cnn", "images or planted"]),
@@ -163,6 +176,8 @@ def test_a_bad_value_is_refused_in_one_line(committed: dict[str, Any], path: str
         ("optimizer.ekfac.scale_interval", 3),
         ("optimizer.adam.fused", True),
         ("optimizer.mine", {"_target_": "torch.optim.RMSprop", "lr": 0.01, "alpha": 0.9}),
+        ("benchmark.digits_cnn.model", RESNET),
+        ("benchmark.toy_mlp.model.width", [32, 16, 8, 8, 8, 16, 32]),
         ("benchmark.digits_cnn.target", {"metric": "validation_error", "easy": 0.1, "hard": 0.02}),
         ("benchmark.digits_cnn.seconds", 1.5),
         ("diagnostics", False),

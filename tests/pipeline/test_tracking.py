@@ -113,6 +113,19 @@ def test_the_summary_is_in_result_and_target_metrics_and_the_files_are_artifacts
     assert run.info.artifact_uri == kept.parent.as_uri() and kept.read_bytes() == (folder / "history.csv").read_bytes()
 
 
+def test_the_reconstructions_of_an_autoencoder_are_an_artifact_live_and_rebuilt(root: Path) -> None:
+    params = chosen("sgd", "kfac")
+    for optimizer in ("sgd", "kfac"):
+        folder = study.write_record(root / "results", params, BENCHMARK, optimizer, 0)
+        (folder / "reconstructions.png").write_bytes(optimizer.encode())
+    run = records.read_run(folder)
+    tracking.start(resolve(params, BENCHMARK, "kfac"), 0, run.environment).finish(run.summary, folder)
+    assert tracking.rebuild(root / "results") == (1, 1)
+    for name, run in runs(root).items():
+        kept = root / "mlartifacts" / BENCHMARK / run.info.run_id / "artifacts" / "reconstructions.png"
+        assert kept.read_text() == name.split()[0]
+
+
 def test_parameters_are_the_resolved_configuration_flat(root: Path) -> None:
     train(root, chosen("kfac", momentum={"default": 0.9, BENCHMARK: 0.5}), "kfac")
     found = runs(root)["kfac seed 0"].data.params
