@@ -44,6 +44,7 @@ class Params:
     channels_last: bool
     deterministic: bool
     diagnostics: str
+    image_folder: str | None
 
 
 @dataclass(frozen=True)

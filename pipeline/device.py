@@ -31,7 +31,7 @@ from pipeline.validation import check_precision
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TENSOR_CORES_FROM = (8, 0)  # the compute capability that multiplies in TF32 and bfloat16
-_PACKAGES = ("torch", "numpy", "scipy", "mlflow", "dvc", "hydra-core")
+_PACKAGES = ("torch", "numpy", "scipy", "pytorch-optimizer", "mlflow", "dvc", "hydra-core")
 _DVC_VARIABLES = ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_STAGE")
 
 

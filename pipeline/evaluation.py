@@ -6,12 +6,15 @@ training criterion sees none of it; dropout is off, so no random number is drawn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.data import Split
 
 LOSSES: dict[str, Callable[[int], nn.Module]] = {
     "squared_error": lambda outputs: nn.MSELoss(),
@@ -22,7 +25,8 @@ LOSSES: dict[str, Callable[[int], nn.Module]] = {
 """Criteria of networks with so many outputs. All are means, over cases and outputs; the summed one adds up the
 outputs of a case."""
 TRAIN_EXAMPLES = 4_096  # the training loss is that of the whole split up to this size, else of a fixed subset
-_CHUNK = 1024
+_CHUNK = 1024  # examples evaluated at once, or fewer: as many as have
+_CHUNK_NUMBERS = 2**20  # numbers, for images go through layers that are many times as wide
 
 
 class Evaluation:
@@ -37,15 +41,18 @@ class Evaluation:
         self._loss = loss
         self._criterion = LOSSES[loss](data.outputs)
         self._data = data
-        self._train = (data.train.inputs, data.train.targets)
-        examples = len(data.train.inputs)
+        fitting = max(1, _CHUNK_NUMBERS // math.prod(data.input_shape))
+        self._chunk = min(_CHUNK, 1 << fitting.bit_length() - 1)
+        self._train = data.train
+        self._spread: dict[int, float] = {}
+        examples = len(data.train)
         if examples > TRAIN_EXAMPLES:
             generator = torch.Generator().manual_seed(0)
             chosen = torch.randperm(examples, generator=generator)[:TRAIN_EXAMPLES].sort().values
-            chosen = chosen.to(data.train.inputs.device)
-            self._train = (data.train.inputs[chosen], data.train.targets[chosen])
-        targets = data.train.targets
-        self._binary = loss.endswith("binary_cross_entropy") and bool(((targets == 0) | (targets == 1)).all())
+            self._train = data.train.subset(chosen.to(data.train.inputs.device))
+        self._binary = loss.endswith("binary_cross_entropy") and all(
+            bool(((targets == 0) | (targets == 1)).all()) for _, targets in data.train.batches(_CHUNK)
+        )
 
     def __call__(self, network: nn.Module) -> dict[str, float | None]:
         """``train_loss``, ``train_score``, ``validation_loss``, ``validation_score``, ``validation_error`` (the share
@@ -53,11 +60,11 @@ class Evaluation:
         teacher's; None without planted targets)."""
         data = self._data
         with _evaluating(network):
-            train_loss, train_score = self._measure(network, *self._train)
-            validation = self._measure(network, data.validation.inputs, data.validation.targets)
+            train_loss, train_score = self._measure(network, self._train)
+            validation = self._measure(network, data.validation)
             excess = None
             if data.population is not None and data.teacher_loss is not None:
-                population, _ = self._measure(network, data.population.inputs, data.population.targets, score=False)
+                population, _ = self._measure(network, data.population, score=False)
                 excess = population - data.teacher_loss
         return {
             "train_loss": train_loss,
@@ -71,26 +78,33 @@ class Evaluation:
     def test(self, network: nn.Module) -> dict[str, float | None]:
         """``test_loss`` and ``test_score``; to be called once, when training is over."""
         with _evaluating(network):
-            loss, score = self._measure(network, self._data.test.inputs, self._data.test.targets)
+            loss, score = self._measure(network, self._data.test)
         return {"test_loss": loss, "test_score": score}
 
-    def _measure(
-        self, network: nn.Module, inputs: Tensor, targets: Tensor, *, score: bool = True
-    ) -> tuple[float, float | None]:
+    def _measure(self, network: nn.Module, split: Split, *, score: bool = True) -> tuple[float, float | None]:
         """Mean loss and score, summed in float64 and read once."""
-        sums = torch.zeros(2, dtype=torch.float64, device=inputs.device)
-        for x, y in zip(inputs.split(_CHUNK), targets.split(_CHUNK), strict=True):
+        sums = torch.zeros(2, dtype=torch.float64, device=split.inputs.device)
+        answers = 0
+        for x, y in split.batches(self._chunk):
             outputs = network(x)
             sums[0] += self._criterion(outputs, y).double() * len(x)
+            answers += y.numel()
             if score:
                 sums[1] += self._points(outputs, y)
         loss, points = sums.tolist()
         if not score:
-            return loss / len(inputs), None
+            return loss / len(split), None
         if self._classifies:
-            return loss / len(inputs), points / (len(inputs) if self._loss == "cross_entropy" else targets.numel())
-        spread = float((targets.double() - targets.double().mean(dim=0)).square().sum())
-        return loss / len(inputs), 1.0 - points / spread if spread > 0 else None
+            return loss / len(split), points / answers
+        spread = self._spread_of(split)
+        return loss / len(split), 1.0 - points / spread if spread > 0 else None
+
+    def _spread_of(self, split: Split) -> float:
+        """Sum of squares of the targets around each output's mean."""
+        if id(split) not in self._spread:
+            targets = split.batch(slice(None))[1].double()
+            self._spread[id(split)] = float((targets - targets.mean(dim=0)).square().sum())
+        return self._spread[id(split)]
 
     @property
     def _classifies(self) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline import optimizers
+from pipeline.augmentation import draw
 from pipeline.clocks import PeakMemory, Stopwatch
 from pipeline.config import ConfigError, RunConfig
 from pipeline.device import autocast, compiled, loss_scaler
@@ -87,8 +88,10 @@ class Training:
         self.run, self.data, self.seed, self.model = run, data, seed, model
         self.device = data.train.inputs.device
         self.progress = Progress()
-        self.order = Order(len(data.train.inputs), seed)
-        check_batch_size(run, len(data.train.inputs))
+        examples = len(data.train)
+        self.order = Order(examples, seed, self.device)
+        self.draws = Order(examples, seed, self.device, "augmentation", draw) if data.train.augmented else None
+        check_batch_size(run, examples)
         self.evaluation = Evaluation(run.loss, data)
         self.averaged = None if run.averaging is None else Average(model, run.averaging)
         self.probe = Probe(run, model, data)
@@ -120,7 +123,7 @@ class Training:
             model, criterion = copy.deepcopy(self.model), LOSSES[self.run.loss](self.data.outputs)
             optimizer = optimizers.build(self.run, model, criterion, self.seed)
             count = batch_size(self.run, 0, self.order.examples)
-            inputs, targets = self.data.train.inputs[:count], self.data.train.targets[:count]
+            inputs, targets = self.data.train.batch(slice(count))
             model.train()
             network, scaler = compiled(model, self.run), loss_scaler(self.run, self.device)
             with contextlib.suppress(Exception):
@@ -167,8 +170,8 @@ class Training:
     def _step(self) -> None:
         progress, model, optimizer = self.progress, self.model, self.optimizer
         size = batch_size(self.run, progress.examples, self.order.examples)
-        chosen = self.order.next(progress.examples, size).to(self.device)
-        inputs, targets = self.data.train.inputs[chosen], self.data.train.targets[chosen]
+        draws = None if self.draws is None else self.draws.next(progress.examples, size)
+        inputs, targets = self.data.train.batch(self.order.next(progress.examples, size), draws)
         if progress.step + 1 in self.probe.steps:
             self.probe.before(model, inputs, targets)
         progress.lr = float(optimizer.param_groups[0]["lr"])
@@ -295,28 +298,48 @@ def _target_keys(targets: dict[str, float], reached: dict[str, tuple[int, float]
 # ---------------------------------------------------------------- order and size of batches
 
 
-class Order:
-    """The endless order of examples at a seed: one permutation an epoch, each made from seed and epoch alone."""
+def permutation(examples: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(examples, generator=generator)
 
-    def __init__(self, examples: int, seed: int) -> None:
+
+class Order:
+    """The endless order of examples at a seed: one permutation an epoch, each made from seed and epoch alone.
+
+    It is drawn on the CPU, the same for every device, and moved once an epoch; a batch is then a slice on the device.
+    What else each example of an epoch needs of chance is made likewise, by another ``make`` for another purpose.
+    """
+
+    def __init__(
+        self,
+        examples: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        purpose: str = "order",
+        make: Callable[[int, torch.Generator], Tensor] = permutation,
+    ) -> None:
         self.examples = examples
-        self._seed = seed
+        self._seed, self._device, self._purpose, self._make = seed, torch.device(device), purpose, make
         self._epoch = -1
-        self._permutation = torch.empty(0, dtype=torch.int64)
+        self._made = torch.empty(0)
 
     def next(self, position: int, count: int) -> Tensor:
-        """Indices [count] of the examples number ``position`` and following; a batch may span two epochs."""
+        """Rows [count] for the examples number ``position`` and following; a batch may span two epochs."""
         parts: list[Tensor] = []
         while count > 0:
             epoch, start = divmod(position, self.examples)
             if epoch != self._epoch:
-                generator = torch.Generator().manual_seed(number(self._seed, f"order {epoch}"))
-                self._permutation = torch.randperm(self.examples, generator=generator)
-                self._epoch = epoch
-            parts.append(self._permutation[start : start + count])
+                self._begin(epoch)
+            parts.append(self._made[start : start + count])
             position += len(parts[-1])
             count -= len(parts[-1])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _begin(self, epoch: int) -> None:
+        generator = torch.Generator().manual_seed(number(self._seed, f"{self._purpose} {epoch}"))
+        made = self._make(self.examples, generator)
+        if self._device.type == "cuda":
+            made = made.pin_memory()  # or the copy would wait for all that the device still has to do
+        self._made, self._epoch = made.to(self._device, non_blocking=True), epoch
 
 
 def batch_size(run: RunConfig, seen: int, examples: int) -> int:

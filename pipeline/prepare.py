@@ -1,13 +1,18 @@
 """Stage `prepare`: an image data set, split into training, validation and test examples.
 
-Test examples are set aside first, so they stay the same when the validation fraction changes; both are drawn
-with every class in its share.
+The digits have no official test examples: these are set aside first, so that they stay the same when the validation
+fraction changes. MNIST and CIFAR keep their official ones, and validation is split from the training examples. Every
+class is in every part in its share.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checks import ConfigError
 from pipeline.config import load, run_stage
+from pipeline.imagesets import SETS, ImageSet
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def prepare(benchmark: str) -> None:
@@ -15,7 +20,13 @@ def prepare(benchmark: str) -> None:
     images = load().images
     if benchmark not in images:
         raise ConfigError(f"images: has no {benchmark!r}; it has {', '.join(images) or 'nothing'}")
-    make(images[benchmark], f"data/{benchmark}")
+    source, folder = images[benchmark], f"data/{benchmark}"
+    if source["source"] == "digits":
+        make(source, folder)
+    else:
+        from pipeline.imagefiles import image_folder
+
+        make_split(source, folder, SETS[source["source"]], image_folder())
 
 
 def make(source: dict[str, Any], folder: str) -> None:
@@ -39,6 +50,42 @@ def make(source: dict[str, Any], folder: str) -> None:
     parts = split(digits.target.tolist(), source["validation"], source["test"], source["split_seed"])
     splits = {part: Split(inputs[rows], targets[rows]) for part, rows in parts.items()}
     write(folder, splits, outputs, source)
+
+
+def make_split(source: dict[str, Any], folder: str, known: ImageSet, images: "Path | None") -> None:
+    """Write the split of the set `known` that `source` describes into `folder`; `images` is where the user has them.
+
+    The images themselves are kept once for all benchmarks. Raises ConfigError when there are none to be had.
+    """
+    from pipeline.data import write_split
+    from pipeline.imagestore import obtain
+
+    kept, checksum = obtain(known, images)
+    classes = kept.labels["train"].tolist()
+    chosen = list(range(len(classes)))
+    if source["examples"] is not None:
+        chosen = subset(classes, source["examples"], source["split_seed"])
+    parts = split([classes[row] for row in chosen], source["validation"], 0.0, source["split_seed"])
+    rows = {part: sorted(chosen[k] for k in parts[part]) for part in ("train", "validation")}
+    write_split(folder, known, kept, checksum, rows, source)
+
+
+def subset(classes: list[int], count: int, seed: int) -> list[int]:
+    """`count` row numbers, every class in its share to the nearest example."""
+    import random
+
+    stream = random.Random(seed)
+    rows = list(range(len(classes)))
+    stream.shuffle(rows)
+    # of each class the k-th of n stands at (k + 1/2) / n: the first `count` of all have every class in its share
+    sizes = {label: classes.count(label) for label in set(classes)}
+    seen = dict.fromkeys(sizes, 0)
+    places = []
+    for row in rows:
+        label = classes[row]
+        places.append(((seen[label] + 0.5) / sizes[label], row))
+        seen[label] += 1
+    return sorted(row for _, row in sorted(places)[:count])
 
 
 def split(classes: list[int], validation: float, test: float, seed: int) -> dict[str, list[int]]:

@@ -102,10 +102,10 @@ class Probe:
         for module in self._twin.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
-        count = len(data.train.inputs)
+        count = len(data.train)
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(count, generator=generator)[: self._price.examples].to(data.train.inputs.device)
-        self._inputs, self._targets = data.train.inputs[chosen], data.train.targets[chosen]
+        self._inputs, self._targets = data.train.batch(chosen)
         self._layers: dict[str, list[int]] = defaultdict(list)  # indices into the trained parameters
         for index, (name, _) in enumerate(_trained(self._twin)):
             self._layers[name.rpartition(".")[0]].append(index)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import TARGETS
 
-ORDER = ("sgd", "adam", "kfac", "ekfac", "gkfac")
+ORDER = ("sgd", "adam", "adamw", "muon", "soap", "shampoo", "kfac", "ekfac", "gkfac")
 """Optimizers in the order in which they are shown; any others follow by name."""
 
 PHASES = ("forward_backward", "statistics", "inverses", "update")

@@ -4,6 +4,7 @@ All of it is checked at once and without torch: in the first second of every sta
 pipeline/hydra_plugins, while DVC composes the configuration.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from pipeline.checks import (
     check_mapping,
     unknown,
 )
+from pipeline.imagesets import SETS
 from pipeline.signatures import CONNECTED, REQUIRED, UNREADABLE, Signature, signature
 
 CONF = Path(__file__).parent / "conf"
@@ -76,11 +78,21 @@ class BatchSize:
 TARGET_CLASS = Text("the dotted name of a class, such as torch.optim.SGD")
 DECAY = Number(0, 1, open_high=True)
 
-IMAGES: dict[str, Rule] = {
-    "source": Choice(("digits",)),
-    "task": Choice(("classification", "autoencoder")),
+SOURCE = Choice(("digits", *SETS))
+TASK = Choice(("classification", "autoencoder"))
+DIGITS: dict[str, Rule] = {
+    "source": SOURCE,
+    "task": TASK,
     "validation": FRACTION,
     "test": FRACTION,
+    "split_seed": NATURAL,
+}
+IMAGES: dict[str, Rule] = {
+    "source": SOURCE,
+    "task": TASK,
+    "validation": FRACTION,
+    "examples": Optional(COUNT),
+    "augmentation": Choice(("none", "crop_flip")),
     "split_seed": NATURAL,
 }
 PLANTED: dict[str, Any] = {
@@ -131,6 +143,7 @@ TOP: dict[str, Rule] = {
     "channels_last": Flag(),
     "deterministic": Flag(),
     "diagnostics": Choice(("off", "light", "full")),
+    "image_folder": Optional(Text("the path of a folder")),
 }
 ON_CPU = ("fp32", "bf16")
 TASKS_OF_LOSS = {
@@ -282,11 +295,26 @@ def _check_target(field: str, target: Mapping[str, Any], task: str, *, planted: 
 
 
 def _check_data(field: str, fields: Any) -> dict[str, Any]:
-    fields = check_fields(field, fields, IMAGES if field.startswith("images.") else PLANTED)
-    if field.startswith("images.") and fields["validation"] + fields["test"] >= 1:
+    if field.startswith("planted."):
+        return check_fields(field, fields, PLANTED)
+    fields = check_mapping(field, fields)
+    check(f"{field}.source", fields.get("source"), SOURCE)
+    source = fields["source"]
+    check_fields(field, fields, DIGITS if source == "digits" else IMAGES)
+    if source == "digits":
+        if fields["validation"] + fields["test"] >= 1:
+            raise ConfigError(
+                f"{field}.validation: {fields['validation']} and test {fields['test']} leave no training examples; "
+                "expected a sum < 1"
+            )
+        return fields
+    counts = SETS[source].counts["train"]
+    examples = sum(counts) if fields["examples"] is None else fields["examples"]
+    least = math.ceil(len(counts) / min(fields["validation"], 1 - fields["validation"]))
+    if not least <= examples <= sum(counts):
         raise ConfigError(
-            f"{field}.validation: {fields['validation']} and test {fields['test']} leave no training examples; "
-            "expected a sum < 1"
+            f"{field}.examples: {examples} is not allowed; expected {least} to {sum(counts)}, so that every class has "
+            "one to train and one to validate, or null"
         )
     if field.startswith("planted.") and fields["task"] != "regression" and fields["noise"] > 1:
         raise ConfigError(f"{field}.noise: {fields['noise']} is not allowed; expected a share of the labels, at most 1")

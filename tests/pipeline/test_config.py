@@ -285,8 +285,12 @@ def test_an_unreadable_params_yaml_is_one_line(tmp_path: Path, content: str | No
     assert "\n" not in str(refusal.value)
 
 
+SOAP = "pytorch_optimizer.optimizer.soap.SOAP"
+SHAMPOO = "pytorch_optimizer.optimizer.shampoo.ScalableShampoo"
+
+
 @pytest.mark.parametrize(
-    "target", ["torch.optim.SGD", "torch.optim.AdamW", "torch.optim.Muon", "kfac.KFAC", "kfac.EKFAC"]
+    "target", ["torch.optim.SGD", "torch.optim.AdamW", "torch.optim.Muon", "kfac.KFAC", "kfac.EKFAC", SOAP, SHAMPOO]
 )
 def test_a_signature_read_from_source_is_that_of_the_imported_class(target: str) -> None:
     import importlib
@@ -308,6 +312,24 @@ def test_a_signature_read_from_source_is_that_of_the_imported_class(target: str)
             continue
         assert parameter.name in known.arguments
     assert "lr" in known.arguments
+
+
+def test_a_misspelt_argument_of_a_class_that_would_swallow_it_is_refused(committed: dict[str, Any]) -> None:
+    fields = {"_target_": SOAP, "lr": 0.003, "precondition_frequenzy": 1}
+    with pytest.raises(ConfigError, match=r"optimizer\.soap\.precondition_frequenzy.*nearest: precondition_frequency"):
+        view(changed(committed, "optimizer.soap", fields))
+
+
+def test_an_optimizer_whose_package_is_not_installed_names_the_extra_that_has_it(
+    committed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)  # Python's own way to say that it cannot be imported
+    signature.cache_clear()
+    with pytest.raises(ConfigError) as refusal:
+        view(changed(committed, "optimizer.soap", {"_target_": SOAP, "lr": 0.003}))
+    line = str(refusal.value)
+    assert line.startswith("optimizer.soap._target_: ") and "\n" not in line
+    assert "no package 'pytorch_optimizer'" in line and "pip install '.[peers]'" in line
 
 
 def test_arguments_of_bases_in_the_same_package_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,5 +102,5 @@ def test_the_median_curve_ends_where_most_seeds_have_ended() -> None:
 
 
 def test_known_optimizers_come_first_in_a_fixed_order() -> None:
-    names = ["zorro", "gkfac", "adamw", "sgd", "ekfac", "kfac", "adam"]
-    assert statistics.ordered(names) == ["sgd", "adam", "kfac", "ekfac", "gkfac", "adamw", "zorro"]
+    names = ["zorro", "gkfac", "adamw", "sgd", "ekfac", "nadam", "kfac", "adam"]
+    assert statistics.ordered(names) == ["sgd", "adam", "adamw", "kfac", "ekfac", "gkfac", "nadam", "zorro"]
