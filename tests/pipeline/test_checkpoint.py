@@ -1,0 +1,106 @@
+"""Claims about checkpoints: a run that was stopped anywhere goes on to the same numbers, and nothing wrong is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from runs import Listener, a_network, a_run, some_data
+
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import RunConfig
+from pipeline.loop import Outcome, Training
+from pipeline.records import is_measured
+
+ROOT = Path(__file__).parents[2]
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("torch.optim.SGD", {"lr": 0.05, "momentum": 0.9}),
+    "adam": ("torch.optim.Adam", {"lr": 0.01}),
+    "kfac": ("kfac.KFAC", {}),
+    "fixed rule": ("kfac.KFAC", {"lr": 0.03, "damping": 0.01, "inverse_interval": 7, "factor_interval": 3}),
+    "ekfac": ("kfac.EKFAC", {}),
+    "gkfac": ("kfac.GKFAC", {}),
+    "muon": ("torch.optim.Muon", {"lr": 0.02}),
+    "soap": ("pytorch_optimizer.SOAP", {"lr": 0.01}),
+    "shampoo": ("pytorch_optimizer.Shampoo", {"lr": 0.01}),
+}
+STEPS = 40
+
+
+def a_long_run(name: str, **changes: Any) -> RunConfig:
+    """Everything that has a state: averaging, warm-up, a schedule, growing batches, diagnostics, dropout, batch norm."""
+    target, options = OPTIMIZERS[name]
+    rest = {"_target_": "torch.optim.AdamW", "lr": 0.01} if name == "muon" else None
+    growing = {"from": 6, "to": 20, "over_epochs": 5.0}
+    fields = {
+        **{"steps": STEPS, "batch_size": growing, "averaging": 0.9, "warmup": 5, "schedule": "cosine"},
+        **{"diagnostics": "full", "target_class": target, "options": options, "rest": rest, "loss": "cross_entropy"},
+    }
+    return a_run(**{**fields, **changes})
+
+
+def begin(run: RunConfig) -> Training:
+    return Training(run, some_data(run.loss), 0, a_network(dropout=True, batch_norm=True))
+
+
+def without_clocks(outcome: Outcome) -> Any:
+    history = [{key: value for key, value in row.items() if not is_measured(key)} for row in outcome.history]
+    summary = {key: value for key, value in outcome.summary.items() if not is_measured(key)}
+    return repr((history, outcome.curvature, summary))  # the shortest text of each number, and nan equal to nan
+
+
+def stop_after(step: int, training: Training) -> Callable[[], str]:
+    return lambda: "test" if training.progress.step >= step else ""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(OPTIMIZERS[name][0].partition(".")[0])
+    run, moments = a_long_run(name), Random(name)
+    undisturbed = without_clocks(begin(run).train(Listener()))
+    for number in range(2):
+        kept = Checkpoints(tmp_path / str(number), 0, 0.0)
+        at = sorted(moments.sample(range(STEPS), 3))
+        for step in at:  # each time a new network, optimizer and random stream
+            training = begin(run)
+            if (earlier := kept.load()) is not None:
+                training.restore(earlier)
+            outcome = training.train(Listener(), lambda progress: None, stop_after(step, training))
+            assert outcome.interruption == "test" and training.progress.step == step
+            assert kept.save(step, training.state())
+            torch.rand(3)  # the next process has another random stream
+        training = begin(run)
+        training.restore(kept.load() or {})
+        assert without_clocks(training.train(Listener())) == undisturbed, f"stopped after {at}"
+
+
+def test_writing_checkpoints_alters_nothing(tmp_path: Path) -> None:
+    for name in ("kfac", "gkfac"):
+        run = a_long_run(name)
+        undisturbed = without_clocks(begin(run).train(Listener()))
+        training, kept = begin(run), Checkpoints(tmp_path / name, 0, 0.0)
+        outcome = training.train(Listener(), lambda p, t=training, k=kept: k.save(p.step, t.state()) and None)
+        assert without_clocks(outcome) == undisturbed
+        assert [path.name for path in sorted(kept.folder.iterdir())] == [f"step-{s:012d}.pt" for s in (35, 40)]
+
+
+def test_clocks_go_on_and_leave_out_what_a_checkpoint_costs(tmp_path: Path) -> None:
+    training, kept = begin(a_long_run("sgd", diagnostics="off")), Checkpoints(tmp_path, 0, 0.0)
+
+    def slowly(progress: Any) -> None:
+        time.sleep(0.05)
+        kept.save(progress.step, training.state())
+
+    before = training.train(Listener(), slowly, stop_after(20, training))
+    assert kept.save(20, training.state())
+    went_on = begin(a_long_run("sgd", diagnostics="off"))
+    went_on.restore(kept.load() or {})
+    after = went_on.train(Listener())
+    clock = [float(row["training_seconds"] or 0) for row in after.history]
+    assert clock == sorted(clock) and clock[4] == before.history[4]["training_seconds"] < 0.2
+    assert after.summary["evaluation_seconds"] > before.summary["evaluation_seconds"]
