@@ -1,4 +1,4 @@
-"""Claims about checkpoints: a run that was stopped anywhere goes on to the same numbers, and nothing wrong is loaded."""
+"""Claims about checkpoints: a run stopped anywhere goes on to the same numbers, and nothing wrong is loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS = 40
 
 
 def a_long_run(name: str, **changes: Any) -> RunConfig:
-    """Everything that has a state: averaging, warm-up, a schedule, growing batches, diagnostics, dropout, batch norm."""
+    """All that has a state: averaging, warm-up, a schedule, growing batches, diagnostics, dropout, batch norm."""
     target, options = OPTIMIZERS[name]
     rest = {"_target_": "torch.optim.AdamW", "lr": 0.01} if name == "muon" else None
     growing = {"from": 6, "to": 20, "over_epochs": 5.0}
