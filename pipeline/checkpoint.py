@@ -156,7 +156,7 @@ def _write(path: Path, state: Mapping[str, Any]) -> None:
     try:
         with partial.open("wb") as file:
             hashing = _Hashing(file)
-            torch.save(dict(state), hashing)
+            torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it only writes
             file.write(hashing.digest.digest())
             file.flush()
             os.fsync(file.fileno())

@@ -21,10 +21,10 @@ def random_states(device: torch.device) -> dict[str, Any]:
     import numpy
     import torch
 
-    name, keys, *rest = numpy.random.get_state()
+    name, keys, *rest = numpy.random.get_state(legacy=True)
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
+        "numpy": (name, torch.from_numpy(numpy.asarray(keys, dtype="int64")), *rest),
         "cpu": torch.get_rng_state(),
     }
     return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states

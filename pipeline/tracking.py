@@ -104,10 +104,10 @@ class Store:
             if not token:
                 return found
 
-    def bury(self, experiment: str, optimizer: str) -> int:
+    def bury(self, experiment: str) -> int:
         """Mark runs as killed that seem to go on although their process on this machine is gone; how many."""
         buried = 0
-        for run in self.runs(experiment, f"params.optimizer = '{optimizer}' and attributes.status = 'RUNNING'"):
+        for run in self.runs(experiment, "attributes.status = 'RUNNING'"):
             process = json.loads(run.data.tags.get(PROCESS_TAG, "{}"))
             if process.get("machine") == socket.gethostname() and not is_running(process):
                 self.end_as_killed(run.info.run_id)
@@ -220,7 +220,7 @@ class Tracker:
         self._seed, self._configuration = seed, tags["configuration"]
         with store.turn():
             self._experiment = store.experiment(config["benchmark"], config["target_metric"])
-            store.bury(self._experiment, self._optimizer)
+            store.bury(self._experiment)
             if run_id and self._go_on(run_id, step, tags):
                 self.run_id = run_id
             else:

@@ -244,13 +244,13 @@ def _progress(run: RunConfig, seed: int) -> Iterator[Callable[[Progress], None]]
     if not console.is_terminal:
         last = [time.monotonic(), 0.0]
 
-        def say(progress: Progress) -> None:
+        def tell(progress: Progress) -> None:
             now, share = time.monotonic(), progress.step / run.steps
             if now - last[0] >= _PLAIN_INTERVAL and share - last[1] >= 0.1 and share < 1:
                 last[:] = [now, share]
                 say(f"{title}: step {progress.step} of {run.steps}, {_losses(progress.history[-1])}")
 
-        yield say
+        yield tell
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[losses]}"),

@@ -67,6 +67,8 @@ def params(
         channels_last=False,
         deterministic=True,
         diagnostics="light",
+        image_folder=None,
+        checkpoint_seconds=60,
     )
 
 
