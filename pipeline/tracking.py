@@ -58,10 +58,25 @@ class Store:
 
     def __init__(self) -> None:
         self.place = place()
-        self.turn = self.place.turn
-        with self.turn():
+        with self.place.turn():
             self.place.check()
             self.client = _client(self.place.address)
+        self._file = self._identity()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have a local store for oneself. SQLite would go on writing to a file that was deleted; here that raises."""
+        with self.place.turn():
+            if self._identity() != self._file:
+                raise FileNotFoundError("the file is gone")
+            yield
+
+    def _identity(self) -> tuple[int, int] | None:
+        database = self.place.database
+        if database is None or not database.exists():
+            return None
+        found = database.stat()
+        return found.st_dev, found.st_ino
 
     def experiment(self, benchmark: str, target_metric: str) -> str:
         """Identifier of the benchmark's experiment, made or brought back if need be, with its prefilled view."""
