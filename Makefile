@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := true
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help repro exp-show ui test test-all lint lock
+.PHONY: help repro exp-show ui recover test test-all lint lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -37,6 +37,9 @@ exp-show: $(READY)  ## list experiments with what they changed and their steps t
 
 ui: $(READY)  ## serve the MLflow UI of this repository on loopback
 	python -m pipeline.tracking ui
+
+recover: $(READY)  ## after dvc was killed: back to the branch, stale locks away, lost points queued again
+	@python -m pipeline.recover
 
 test: lint  ## lint, then run the tests
 	OMP_NUM_THREADS=1 python -m pytest -n $(JOBS)

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -82,6 +82,10 @@ class Stopwatch:
             self._read_passed()
         return dict(self._totals)
 
+    def go_on_from(self, seconds: Mapping[str, float]) -> None:
+        """Count on from what another stopwatch had counted."""
+        self._totals.update(seconds)
+
     def _read_passed(self) -> None:
         """Count the phases, in the order of their ends, that the device has gone through; waits for none."""
         while self._events and self._events[0][-1].query():
@@ -128,6 +132,10 @@ class PeakMemory:
     @property
     def mib(self) -> float:
         return self._peak / _MIB
+
+    def go_on_from(self, mib: float) -> None:
+        """The peak is at least what it was in an earlier process."""
+        self._peak = max(self._peak, round(mib * _MIB))
 
 
 def _high_water_mark() -> int:

@@ -45,6 +45,7 @@ class Params:
     deterministic: bool
     diagnostics: str
     image_folder: str | None
+    checkpoint_seconds: float
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,9 @@ def run_stage(stage: Callable[..., None], *arguments: str) -> None:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"error: {where}{error.strerror or error}\n")

@@ -35,7 +35,7 @@ from pipeline.device import autocast, compiled, loss_scaler
 from pipeline.evaluation import LOSSES, Evaluation
 from pipeline.probe import Probe
 from pipeline.records import Row
-from pipeline.seeds import number
+from pipeline.seeds import number, random_states, set_random_states
 
 DIVERGED_FACTOR = 10.0
 DIVERGED_EVALUATIONS = 5
@@ -74,7 +74,7 @@ class Outcome:
     curvature: list[Row]
     summary: dict[str, Any]
     failure: str | None = None  # the traceback of a failed run
-    interrupted: bool = False
+    interruption: str = ""  # why it ended before its time; it may go on from its `state`
 
 
 class Training:
@@ -133,25 +133,29 @@ class Training:
                     scaler.update()
                     optimizer.zero_grad()
 
-    def train(self, tracker: Tracker, watch: Callable[[Progress], None] = lambda progress: None) -> Outcome:
-        """Run to the end of the budget, or to the first sign that it diverged; ``watch`` sees every evaluation."""
-        failure, interrupted = None, False
+    def train(
+        self,
+        tracker: Tracker,
+        watch: Callable[[Progress], None] = lambda progress: None,
+        interruption: Callable[[], str] = lambda: "",
+    ) -> Outcome:
+        """Run to the end of the budget, or to the first sign that it diverged; ``watch`` sees every evaluation, and
+        ``interruption``, asked between two steps, may name a reason to stop there."""
+        failure, stopped = None, ""
+        tested: dict[str, float | None] = {}
         try:
-            self._evaluate(tracker, watch)
+            if self.progress.history:  # it goes on from a checkpoint
+                self.memory.resume()
+            else:
+                self._evaluate(tracker, watch)
             self.model.train()
-            while not self._over():
+            while not (self._over() or (stopped := interruption())):
                 self._step()
                 if self.progress.step % self.run.evaluate_every == 0 or self.progress.step == self.run.steps:
                     self._evaluate(tracker, watch)
-            tested = self.evaluation.test(self.evaluated)
-        except KeyboardInterrupt:
-            self.progress.status, self.progress.message = (
-                "failed",
-                f"interrupted after {self.progress.step} steps",
-            )
-            tested, interrupted = {}, True
+            if not stopped:
+                tested = self.evaluation.test(self.evaluated)
         except Exception as error:  # whatever an optimizer raises is the run's outcome
-            tested = {}
             where = f"after {self.progress.step} steps: {_in_one_line(error)}"
             if self._finite():
                 self.progress.status, self.progress.message = "failed", where
@@ -159,7 +163,36 @@ class Training:
             else:
                 self.progress.status = "diverged"
                 self.progress.message = f"weights not finite; {where}"
-        return Outcome(self.progress.history, self.progress.curvature, self._summary(tested), failure, interrupted)
+        return Outcome(self.progress.history, self.progress.curvature, self._summary(tested), failure, stopped)
+
+    def state(self) -> dict[str, Any]:
+        """All that this run needs to go on from here to the very same numbers: plain values and tensors.
+
+        The order of examples is not among it, for it is a function of the seed and ``progress.examples``.
+        """
+        return {
+            "progress": vars(self.progress),
+            "modules": {name: module.state_dict() for name, module in self._modules().items()},
+            "probe": self.probe.state(),
+            "seconds": self.stopwatch.seconds(),
+            "memory_mib": self.memory.mib,
+            "random": random_states(self.device),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave, in a new process."""
+        self.progress = Progress(**state["progress"])
+        for name, module in self._modules().items():
+            module.load_state_dict(state["modules"][name])
+        self.probe.restore(state["probe"])
+        self.stopwatch.go_on_from(state["seconds"])
+        self.memory.go_on_from(state["memory_mib"])
+        set_random_states(state["random"], self.device)
+
+    def _modules(self) -> dict[str, Any]:
+        """What has a ``state_dict``; the schedule comes after the optimizer whose rates it sets."""
+        modules = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return modules if self.averaged is None else {**modules, "averaged": self.averaged}
 
     def _over(self) -> bool:
         """Whether the budget is spent, or the run diverged."""

@@ -115,6 +115,14 @@ class Probe:
         self._follow(model)
         self._batch = inputs[: self._price.step_examples], targets[: self._price.step_examples]
 
+    def state(self) -> dict[str, Any]:
+        """What the next ``measure`` compares with, for checkpoints made between an evaluation and the next step."""
+        return {"factors": dict(self._factors)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        device = self._inputs.device if self.steps else "cpu"
+        self._factors = {layer: (a.to(device), g.to(device)) for layer, (a, g) in state["factors"].items()}
+
     def _follow(self, model: nn.Module) -> None:
         with torch.no_grad():
             for mine, theirs in zip(_tensors(self._twin), _tensors(model), strict=True):

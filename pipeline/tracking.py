@@ -2,7 +2,8 @@
 
 Nothing but this file knows MLflow, and MLflow is imported only when a store is opened. Names come from
 `pipeline.metrics`, live and in a rebuild. A run is identified by a checksum of its configuration and by its seed:
-training the same again replaces the older run, another configuration stands beside it. The time of a metric is the
+training the same again replaces the older run, another configuration stands beside it. Evaluations are sent when a
+checkpoint holds them, so a run that was killed and goes on has every step once. The time of a metric is the
 training clock, counted from one date that all runs share: the UI averages the times of a group of runs, and where one
 seed ends early, starts that differ would tear the mean apart.
 """
@@ -11,18 +12,20 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import logging
 import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import comparability, views
 from pipeline.checks import ConfigError
+from pipeline.interruption import described_process, is_running
 from pipeline.metrics import (
     configuration_hash,
     curvature_metrics,
@@ -41,10 +44,10 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 POINTS = 300  # a metric; the UI draws about as many
-SEND_EVERY = 2.0  # seconds between two sendings while a run goes on
 START_WITHIN = 9.0  # seconds a tracking server has to answer at the start
 CLOCK_ZERO = 946_684_800  # seconds; training time 0 of every run, 2000-01-01 in UTC (the UI takes 0 for no time)
 BATCH = 1000  # metrics a call, MLflow's own limit
+PROCESS_TAG = "process"  # of a run: machine and process that write it
 
 
 # --------------------------------------------------------------------------------------------- the store
@@ -55,10 +58,25 @@ class Store:
 
     def __init__(self) -> None:
         self.place = place()
-        self.turn = self.place.turn
-        with self.turn():
+        with self.place.turn():
             self.place.check()
             self.client = _client(self.place.address)
+        self._file = self._identity()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have a local store for oneself. SQLite would go on writing to a file that was deleted; here that raises."""
+        with self.place.turn():
+            if self._identity() != self._file:
+                raise FileNotFoundError("the file is gone")
+            yield
+
+    def _identity(self) -> tuple[int, int] | None:
+        database = self.place.database
+        if database is None or not database.exists():
+            return None
+        found = database.stat()
+        return found.st_dev, found.st_ino
 
     def experiment(self, benchmark: str, target_metric: str) -> str:
         """Identifier of the benchmark's experiment, made or brought back if need be, with its prefilled view."""
@@ -100,6 +118,20 @@ class Store:
             token = page.token
             if not token:
                 return found
+
+    def bury(self, experiment: str) -> int:
+        """Mark runs as killed that seem to go on although their process on this machine is gone; how many."""
+        buried = 0
+        for run in self.runs(experiment, "attributes.status = 'RUNNING'"):
+            process = json.loads(run.data.tags.get(PROCESS_TAG, "{}"))
+            if process.get("machine") == socket.gethostname() and not is_running(process):
+                self.end_as_killed(run.info.run_id)
+                buried += 1
+        return buried
+
+    def end_as_killed(self, run_id: str) -> None:
+        self.client.set_tag(run_id, "status", "killed")
+        self.client.set_terminated(run_id, status="KILLED")
 
     def label(self, experiment: str, optimizer: str) -> None:
         """Name the groups of the charts: the optimizer, and where its runs differ in settings, those settings."""
@@ -155,11 +187,20 @@ def _client(address: str) -> MlflowClient:
 class Tracker:
     """One training run in the store. Nothing here raises: a store that is lost is one warning, and the run goes on.
 
-    `seconds` is what tracking has cost so far; the caller keeps it off the training clock.
+    `seconds` is what tracking has cost so far; the caller keeps it off the training clock. A run that goes on from a
+    checkpoint has its `run_id` and the `step` it had reached, and is told its evaluations again; what the store has of
+    them is not sent twice.
     """
 
     def __init__(
-        self, store: Store, config: Mapping[str, Any], seed: int, environment: Mapping[str, Any], started: float
+        self,
+        store: Store,
+        config: Mapping[str, Any],
+        seed: int,
+        environment: Mapping[str, Any],
+        started: float,
+        run_id: str = "",
+        step: int = 0,
     ) -> None:
         self.seconds = 0.0
         self.lost = False
@@ -170,7 +211,7 @@ class Tracker:
         self._rows = 0
         self._held: list[Metric] | None = None  # the latest evaluation, when it was thinned out
         self._waiting: list[Metric] = []
-        self._sent_at = time.monotonic()
+        self._there: set[tuple[str, int]] = set()  # metrics and steps that the store has of an earlier process
 
         from mlflow.entities import Param
 
@@ -178,6 +219,7 @@ class Tracker:
         tags = {
             "status": "running",
             "configuration": configuration_hash(config),
+            PROCESS_TAG: json.dumps({"machine": socket.gethostname(), **described_process()}),
             "comparability": comparability.text(comparability.key(config, environment)),
             views.GROUP_TAG: self._optimizer,
             "mlflow.runColor": views.colour(self._optimizer),
@@ -193,19 +235,45 @@ class Tracker:
         self._seed, self._configuration = seed, tags["configuration"]
         with store.turn():
             self._experiment = store.experiment(config["benchmark"], config["target_metric"])
-            run = store.client.create_run(
-                self._experiment,
-                start_time=int(started * 1000),
-                tags=tags,
-                run_name=f"{self._optimizer} seed {seed}",
-            )
-            self.run_id: str = run.info.run_id
-            store.client.log_batch(self.run_id, params=[Param(key, value[:6000]) for key, value in flat.items()])
+            store.bury(self._experiment)
+            if run_id and self._go_on(run_id, step, tags):
+                self.run_id = run_id
+            else:
+                run = store.client.create_run(
+                    self._experiment,
+                    start_time=int(started * 1000),
+                    tags=tags,
+                    run_name=f"{self._optimizer} seed {seed}",
+                )
+                self.run_id = run.info.run_id
+                store.client.log_batch(self.run_id, params=[Param(key, value[:6000]) for key, value in flat.items()])
             store.label(self._experiment, self._optimizer)
         atexit.register(self._abandon)
 
+    def _go_on(self, run_id: str, step: int, tags: Mapping[str, str]) -> bool:
+        """Open the run of an earlier process again; False if the store has none that can go on from this step."""
+        from mlflow.exceptions import MlflowException
+
+        client = self._store.client
+        try:
+            run = client.get_run(run_id)
+        except MlflowException:
+            return False
+        ended = run.info.status not in ("RUNNING", "KILLED") or run.info.lifecycle_stage != "active"
+        if ended or run.data.tags.get("configuration") != tags["configuration"]:
+            return False
+        there = {(name, point.step) for name in run.data.metrics for point in client.get_metric_history(run_id, name)}
+        if any(logged > step for _, logged in there):  # it went on from a checkpoint before the last: other clocks
+            client.delete_run(run_id)
+            return False
+        self._there = there
+        client.update_run(run_id, status="RUNNING")
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+        return True
+
     def log(self, row: Mapping[str, Any], curvature_rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Take the numbers of one evaluation; send them when the last sending is a while ago."""
+        """Take the numbers of one evaluation; `send` sends them."""
         if self.lost:
             return
         with self._safely():
@@ -216,7 +284,19 @@ class Tracker:
             self._held = None if kept else points
             if kept:
                 self._waiting += points
-            if time.monotonic() - self._sent_at > SEND_EVERY:
+
+    def log_all(self, history: Iterable[Mapping[str, Any]], curvature: Iterable[Mapping[str, Any]]) -> None:
+        """Take the rows of a record, or of a checkpoint."""
+        diagnosed: dict[int, list[Any]] = {}
+        for row in curvature:
+            diagnosed.setdefault(int(row["step"]), []).append(row)
+        for row in history:
+            self.log(row, diagnosed.get(int(row["step"]), ()))
+
+    def send(self) -> None:
+        """Send what was logged; a checkpoint has it now."""
+        if not self.lost:
+            with self._safely():
                 self._send()
 
     def finish(self, summary: Mapping[str, Any], folder: Path) -> None:
@@ -234,7 +314,7 @@ class Tracker:
             self._attach(folder)
             self._send()
             with self._store.turn():
-                tags = {"status": status, "records": records_hash(folder)}
+                tags = {"status": status}
                 if summary.get("message"):
                     tags["message"] = str(summary["message"])[:500]
                 cost = {"time/tracking_seconds": self.seconds + time.perf_counter() - begin}
@@ -255,6 +335,7 @@ class Tracker:
                 if status != "failed":
                     self._replace_older()
                 self._store.label(self._experiment, self._optimizer)
+                client.set_tag(self.run_id, "records", records_hash(folder))  # last: it says that all is there
         atexit.unregister(self._abandon)
 
     def _attach(self, folder: Path) -> None:
@@ -269,8 +350,7 @@ class Tracker:
     def _abandon(self) -> None:
         """At the end of a process that was interrupted: without this the run would seem to go on for ever."""
         with self._safely(), self._store.turn():
-            self._store.client.set_tag(self.run_id, "status", "killed")
-            self._store.client.set_terminated(self.run_id, status="KILLED")
+            self._store.end_as_killed(self.run_id)
 
     def _replace_older(self) -> None:
         condition = f"tags.configuration = '{self._configuration}' and params.seed = '{self._seed}'"
@@ -279,11 +359,11 @@ class Tracker:
                 self._store.client.delete_run(run.info.run_id)
 
     def _send(self) -> None:
-        for first in range(0, len(self._waiting), BATCH):
+        new = [point for point in self._waiting if (point.key, point.step) not in self._there]
+        for first in range(0, len(new), BATCH):
             with self._store.turn():
-                self._store.client.log_batch(self.run_id, metrics=self._waiting[first : first + BATCH])
+                self._store.client.log_batch(self.run_id, metrics=new[first : first + BATCH])
         self._waiting = []
-        self._sent_at = time.monotonic()
 
     @contextlib.contextmanager
     def _safely(self) -> Iterator[None]:
@@ -308,10 +388,32 @@ def _points(metrics: Mapping[str, float], step: int, seconds: float) -> list[Met
     return [Metric(name, value, timestamp, step) for name, value in metrics.items()]
 
 
-def start(run: RunConfig, seed: int, environment: Mapping[str, Any]) -> Tracker:
-    """Open the store and begin a run there. Raises ConfigError in one line when the store cannot be used."""
+def start(
+    run: RunConfig,
+    seed: int,
+    environment: Mapping[str, Any],
+    run_id: str = "",
+    history: Sequence[Mapping[str, Any]] = (),
+    curvature: Sequence[Mapping[str, Any]] = (),
+) -> Tracker:
+    """Open the store and begin a run there, or go on with `run_id`, whose rows so far are given.
+
+    Raises ConfigError in one line when the store cannot be used.
+    """
     with _refusing():
-        return Tracker(Store(), run.as_dict(), seed, environment, _started(environment))
+        step = int(history[-1]["step"]) if history else 0
+        tracker = Tracker(Store(), run.as_dict(), seed, environment, _started(environment), run_id, step)
+    tracker.log_all(history, curvature)
+    return tracker
+
+
+def complete(folder: Path) -> None:
+    """See to it that the store has a run that was over before its process was killed; a warning if it cannot be."""
+    try:
+        with _refusing():
+            _upload(Store(), folder, {}, bring_back=False)
+    except ConfigError as error:
+        sys.stderr.write(f"warning: {error}; upload later with `python -m pipeline.tracking rebuild`\n")
 
 
 @contextlib.contextmanager
@@ -338,36 +440,31 @@ def rebuild(results: Path, *, bring_back: bool = True) -> tuple[int, int]:
         raise ConfigError(f"{results}: no run records ({results}/<benchmark>/<optimizer>/seed-<k>); run `dvc repro`")
     store = Store()
     there: dict[str, dict[str, Run]] = {}
-    uploaded = 0
-    for folder in folders:
-        run = read_run(folder)
-        benchmark, target = run.config["benchmark"], run.config["target_metric"]
-        with store.turn():
-            experiment = store.experiment(benchmark, target)
-        if experiment not in there:
-            found = store.runs(experiment, deleted=True)
-            there[experiment] = {r.data.tags["records"]: r for r in found if "records" in r.data.tags}
-        known = there[experiment].get(records_hash(folder))
-        if known is not None and (known.info.lifecycle_stage == "active" or not bring_back):
-            continue
-        if known is not None:
-            store.client.restore_run(known.info.run_id)
-            uploaded += 1
-            continue
-        seed = int(run.summary["seed"])
-        tracker = Tracker(store, run.config, seed, run.environment, _started(run.environment))
-        diagnosed: dict[int, list[Any]] = {}
-        for row in run.curvature:
-            diagnosed.setdefault(int(row["step"] or 0), []).append(row)
-        for row in run.history:
-            tracker.log(row, diagnosed.get(int(row["step"] or 0), ()))
-        tracker.finish(run.summary, folder)
-        if tracker.lost:
-            raise ConfigError(
-                f"{store.place.address}: lost after {uploaded} of {len(folders)} runs; rebuild again later"
-            )
-        uploaded += 1
+    uploaded = sum(_upload(store, folder, there, bring_back) for folder in folders)
     return uploaded, len(folders) - uploaded
+
+
+def _upload(store: Store, folder: Path, there: dict[str, dict[str, Run]], bring_back: bool) -> bool:
+    """Bring one record into the store if need be; `there` has the runs of experiments that were asked for."""
+    run = read_run(folder)
+    with store.turn():
+        experiment = store.experiment(run.config["benchmark"], run.config["target_metric"])
+    if experiment not in there:
+        found = store.runs(experiment, deleted=True)
+        there[experiment] = {r.data.tags["records"]: r for r in found if "records" in r.data.tags}
+    known = there[experiment].get(records_hash(folder))
+    if known is not None and (known.info.lifecycle_stage == "active" or not bring_back):
+        return False
+    if known is not None:
+        store.client.restore_run(known.info.run_id)
+        return True
+    seed = int(run.summary["seed"])
+    tracker = Tracker(store, run.config, seed, run.environment, _started(run.environment))
+    tracker.log_all(run.history, run.curvature)
+    tracker.finish(run.summary, folder)
+    if tracker.lost:
+        raise ConfigError(f"{store.place.address}: lost while {folder} was uploaded; rebuild again later")
+    return True
 
 
 def _started(environment: Mapping[str, Any]) -> float:

@@ -143,6 +143,7 @@ TOP: dict[str, Rule] = {
     "channels_last": Flag(),
     "deterministic": Flag(),
     "diagnostics": Choice(("off", "light", "full")),
+    "checkpoint_seconds": NOT_NEGATIVE,
     "image_folder": Optional(Text("the path of a folder")),
 }
 ON_CPU = ("fp32", "bf16")

@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,14 +97,37 @@ def copy_working_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
+def new_repository(folder: Path, edit: Callable[[Path], None]) -> Workspace:
+    """The repository as it is after cloning, its study changed by `edit`: no data, no results, an empty cache."""
+    root = folder / "repository"
+    copy_working_tree(root)
+    (root / "dvc.lock").unlink(missing_ok=True)
+    edit(root)
+    commands = root / ".venv" / "bin"
+    write_commands(commands)
+    workspace = Workspace(root, isolated_environment(folder / "home", commands))
+    workspace.run("python", "-m", "pipeline.composition")
+    workspace.run("git", "init", "--quiet", "--initial-branch=main", ".")
+    workspace.run("git", "add", ".")
+    workspace.run("git", "commit", "--quiet", "--message=The working tree with a small study")
+    return workspace
+
+
+@contextmanager
+def yaml_edited(path: Path) -> Iterator[Any]:
+    """The content of a YAML file, to be changed in place."""
+    yaml = YAML()
+    content = yaml.load(path)
+    yield content
+    yaml.dump(content, path)
+
+
 def shrink_study(root: Path) -> None:
     """Two benchmarks, two optimizers, two seeds, twenty steps; the other choices stay within reach."""
-    yaml = YAML()
 
     def edit(path: Path, change: Any) -> None:
-        content = yaml.load(path)
-        change(content)
-        yaml.dump(content, path)
+        with yaml_edited(path) as content:
+            change(content)
 
     def shrink_benchmark(content: Any) -> None:
         for fields in content["benchmark"].values():

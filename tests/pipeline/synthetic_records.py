@@ -68,6 +68,7 @@ def params(
         deterministic=True,
         image_folder=None,
         diagnostics="light",
+        checkpoint_seconds=60,
     )
 
 

@@ -11,8 +11,11 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
 
-# What a stage imports without its numbers depending on it: refusals and the view of the records in MLflow.
-DECIDES_NOTHING = {"__init__", "checks", "signatures", "validation", "config", "tracking", "store"}
+# What a stage imports without its numbers depending on it: refusals, going on after a kill to the same numbers, and the
+# view of the records in MLflow.
+DECIDES_NOTHING = {
+    *("__init__", "checks", "signatures", "validation", "config", "checkpoint", "interruption", "tracking", "store"),
+}
 # Of what pipeline/data.py imports: where images come from; training compares them with the manifest's checksum.
 ORIGIN = {"imagesets", "imagefiles", "imagestore", "download"}
 CONCERNS_ANOTHER = {"prepare": {"augmentation"}, "toy": {"augmentation"} | ORIGIN, "train": ORIGIN, "aggregate": set()}

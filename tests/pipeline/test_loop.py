@@ -20,7 +20,6 @@ from pipeline.loop import (
     Average,
     Order,
     Outcome,
-    Progress,
     Training,
     averaging_coefficient,
     batch_size,
@@ -326,17 +325,6 @@ def test_an_exception_over_finite_weights_is_a_failure_with_its_traceback() -> N
 def test_an_exception_over_weights_that_are_not_finite_is_a_divergence() -> None:
     outcome = train(a_run(target_class=f"{__name__}.Poisoned"))
     assert outcome.summary["status"] == "diverged" and outcome.failure is None
-
-
-def test_an_interrupted_run_leaves_its_records() -> None:
-    def interrupt(progress: Progress) -> None:
-        if progress.step == 10:
-            raise KeyboardInterrupt
-
-    outcome = Training(a_run(), some_data(), 0, a_network()).train(Listener(), interrupt)
-    assert outcome.interrupted and outcome.summary["status"] == "failed"
-    assert "interrupted after 10 steps" in outcome.summary["message"]
-    assert [row["step"] for row in outcome.history] == [0, 5, 10]
 
 
 def test_test_data_is_read_once_and_at_the_end() -> None:

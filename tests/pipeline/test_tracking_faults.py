@@ -136,6 +136,7 @@ def train_through(lose: Any, folder: Path) -> tuple[tracking.Tracker, Path]:
         if number == 5:
             lose()
         tracker.log(row, [])
+        tracker.send()
     tracker.finish(run.summary, written)
     return tracker, written
 
@@ -145,7 +146,6 @@ def test_a_store_lost_in_mid_run_is_one_warning_and_rebuild_uploads_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(tracking, "SEND_EVERY", 0.0)
     database, aside = root / "mlflow.db", root / "aside.db"
 
     def break_it() -> None:
@@ -210,7 +210,6 @@ def test_a_server_lost_in_mid_run_is_one_warning_and_no_long_wait(
 ) -> None:
     address, process = server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    monkeypatch.setattr(tracking, "SEND_EVERY", 0.0)
     tracker, _ = train_through(lambda: os.killpg(process.pid, fault), root)
     line = one_line(capsys.readouterr().err)
     assert tracker.lost and line.startswith(f"warning: MLflow store {address} was lost (")

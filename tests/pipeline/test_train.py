@@ -35,15 +35,16 @@ current: dict[str, int] = {}
 
 
 @pytest.fixture
-def trackers(monkeypatch: pytest.MonkeyPatch) -> list[Listener]:
+def trackers(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list[Listener]:
     """Small data and networks, and trackers that listen, in the order in which they were started."""
     started: list[Listener] = []
 
-    def start(run: RunConfig, seed: int, environment: dict[str, Any]) -> Listener:
+    def start(run: RunConfig, seed: int, environment: dict[str, Any], *earlier: Any) -> Listener:
         current["seed"] = seed
         started.append(Listener())
         return started[-1]
 
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("root")))
     monkeypatch.setattr(tracking, "start", start)
     monkeypatch.setattr(data, "load", lambda benchmark, device: some_data())
     monkeypatch.setattr(models, "build", lambda model, input_shape, outputs, seed: a_network(seed))
@@ -130,7 +131,7 @@ def test_a_server_that_cannot_be_reached_at_the_start_stops_the_stage(
 def test_a_server_lost_between_seeds_is_a_warning(
     tmp_path: Path, trackers: list[Listener], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def lost(run: RunConfig, seed: int, environment: dict[str, Any]) -> Listener:
+    def lost(run: RunConfig, seed: int, environment: dict[str, Any], *earlier: Any) -> Listener:
         if seed:
             raise ConfigError("MLFLOW_TRACKING_URI: http://nowhere does not answer")
         return Listener()

@@ -1,0 +1,330 @@
+"""After `dvc` was killed: put the repository in order and say what was done (`make recover`).
+
+The one idea: only what DVC left behind is touched, and what cannot be told from the user's own work is named and left.
+A killed `dvc exp run` leaves HEAD detached, files staged and params.yaml composed for the experiment; killed queue
+workers leave points that are in no queue and in no list of experiments. Both are queued again, as the very commits
+that DVC had stashed for them; `dvc queue start` then runs them, and training goes on from its checkpoints.
+
+Where all is well, it says so and changes nothing. Exit status: 1 when something is left for the user to decide.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from pipeline import checkpoint
+from pipeline.checks import ConfigError
+
+if TYPE_CHECKING:
+    from dvc.repo.experiments.queue.base import QueueEntry
+    from dvc.repo.experiments.queue.celery import LocalCeleryQueue
+
+UNFINISHED = "refs/exps/exec/EXEC_MERGE"  # what a `dvc exp run` in the workspace is about to run; gone when it is over
+WRITTEN_BY_DVC = ("dvc.lock", "report/metrics.json")
+PACKED_ARGUMENTS = ".dvc/tmp/repro.dat"
+STASHED = re.compile(r"dvc-exp:([0-9a-f]+):([0-9a-f]+):([^~^:\\?\[\]*]*)(?::(.+))?$")
+END_WITHIN = 60.0  # seconds that a trainer has to write its checkpoint
+
+
+def main() -> None:
+    root = Path.cwd()
+    try:
+        recovery = Recovery(root)
+        recovery.run()
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    for line in recovery.done or ["all is well: nothing was changed"]:
+        print(line)
+    if recovery.left:
+        sys.exit("\n".join(recovery.left))
+
+
+class Recovery:
+    """`done` and `left` are lines for the user: what was put in order, and what is for them to decide."""
+
+    def __init__(self, root: Path) -> None:
+        if not (root / ".dvc").is_dir() or not (root / ".git").exists():
+            raise ConfigError(f"{root}: is not the root of this repository; run it there")
+        self.root = root
+        self.done: list[str] = []
+        self.left: list[str] = []
+
+    def run(self) -> None:
+        from dvc.repo import Repo
+
+        workers, others = self._dvc_processes()
+        if others:
+            what = "; ".join(f"process {process.pid}: {' '.join(process.cmdline()[-3:])}" for process in others)
+            raise ConfigError(f"dvc is running here ({what}); wait for it or end it; nothing was changed")
+        self._end_orphans(bool(workers))
+        self._remove_stale_locks()
+        with Repo(str(self.root)) as repo:
+            queue = repo.experiments.celery_queue
+            self._workspace(queue)
+            if workers:
+                listed = ", ".join(str(process.pid) for process in workers)
+                self.done.append(f"queue workers are running (process {listed}); the points of the queue are theirs")
+            else:
+                for entry in _lost(queue):
+                    _queue_again(queue, entry)
+                    self.done.append(f"experiment {entry.name}, lost with its queue worker, is queued again")
+        if any("queued again" in line for line in self.done):
+            self.done.append("`dvc queue start -j 1` runs what is queued; training goes on from its checkpoints")
+        self._bury()
+        self._name_checkpoints()
+
+    # ------------------------------------------------------------ processes and locks
+
+    def _dvc_processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        """Queue workers of this repository, and other commands of DVC that run in its root."""
+        workers, others = [], []
+        for process, words in _processes():
+            if not any(Path(word).name == "dvc" for word in words[:3]):
+                continue
+            if "queue-worker" in words and _folder(process).is_relative_to(self.root):
+                workers.append(process)
+            elif "exec-run" not in words and _folder(process) == self.root:
+                others.append(process)
+        return workers, others
+
+    def _end_orphans(self, with_workers: bool) -> None:
+        """End trainers whose dvc is gone, and experiments whose queue worker is gone."""
+        for process, words in _processes():
+            experiment = "exec-run" in words and any(word.startswith(f"{self.root}/.dvc/tmp/") for word in words)
+            if experiment and not with_workers:
+                process.kill()  # its trainer sees that, writes a checkpoint and ends
+        for process, words in _processes():
+            if "pipeline.train" not in words or _environment(process).get("DVC_ROOT") != str(self.root):
+                continue
+            if any("dvc" in word for parent in process.parents() for word in parent.cmdline()[:3]):
+                continue
+            pair = " ".join(words[words.index("pipeline.train") + 1 :])
+            process.terminate()
+            try:
+                process.wait(END_WITHIN)
+                self.done.append(f"trainer of {pair} (process {process.pid}), whose dvc is gone, was ended")
+            except psutil.TimeoutExpired:
+                self.left.append(f"trainer of {pair} (process {process.pid}) does not end; `kill -9 {process.pid}`")
+
+    def _remove_stale_locks(self) -> None:
+        path = self.root / ".dvc" / "tmp" / "rwlock"
+        if path.exists() and (holders := _holders(path)) is not None and not any(map(psutil.pid_exists, holders)):
+            path.unlink()
+            self.done.append(".dvc/tmp/rwlock: the locks of a dvc that is gone were removed")
+        for name in ("index.lock", "HEAD.lock"):
+            lock = self.root / ".git" / name
+            if lock.exists():
+                if any(Path(words[0]).name == "git" and _folder(p) == self.root for p, words in _processes() if words):
+                    self.left.append(f".git/{name}: git is running here; wait for it")
+                else:
+                    lock.unlink()
+                    self.done.append(f".git/{name}: the lock of a git that is gone was removed")
+
+    # ------------------------------------------------------------ the workspace
+
+    def _workspace(self, queue: LocalCeleryQueue) -> None:
+        """Undo what a killed `dvc exp run` did to branch, index, params.yaml and dvc.lock, and queue its experiment."""
+        stashed = self._git("rev-parse", "--verify", "--quiet", UNFINISHED)
+        if not stashed:
+            if self._detached():
+                self.left.append("HEAD is detached, and not by a dvc that was killed; `git checkout BRANCH` returns")
+            return
+        if self._detached() and not self._return_to_branch():
+            return
+        self._git("reset", "--quiet")
+        (self.root / PACKED_ARGUMENTS).unlink(missing_ok=True)
+        self._restore_parameters(stashed)
+        for name in WRITTEN_BY_DVC:
+            self._restore(name, stashed)
+        entry = _entry(queue, stashed)
+        if _has_experiment(queue, entry):
+            self.done.append(f"experiment {entry.name} was over when its dvc was killed; it is in `dvc exp show`")
+        else:
+            _queue_again(queue, entry)
+            self.done.append(f"experiment {entry.name}, whose `dvc exp run` was killed, is queued again")
+        for name in ("EXEC_BASELINE", "EXEC_BRANCH", "EXEC_MERGE"):
+            self._git("update-ref", "-d", f"refs/exps/exec/{name}")
+        shutil.rmtree(Path(queue.pid_dir) / "workspace", ignore_errors=True)
+        self.done.append("`dvc repro` or `dvc checkout` brings results/ of the study back")
+
+    def _detached(self) -> bool:
+        return not self._git("symbolic-ref", "--quiet", "HEAD")
+
+    def _return_to_branch(self) -> bool:
+        """To the branch that HEAD was on: the only one at this commit, or that which the reflog names."""
+        start = self._git("rev-parse", "--verify", "--quiet", "refs/exps/exec/EXEC_HEAD") or "HEAD"
+        here = self._git("for-each-ref", "--format=%(refname:short)", f"--points-at={start}", "refs/heads").split()
+        if len(here) > 1:
+            moved = re.search(r"moving from (\S+) to", self._git("reflog", "-1", "--format=%gs", "HEAD"))
+            here = [name for name in here if moved is not None and name == moved.group(1)]
+        if len(here) != 1:
+            self.left.append(
+                "HEAD is detached, from which branch is unknown; `git checkout BRANCH`, then recover again"
+            )
+            return False
+        self._git("symbolic-ref", "-m", "recover", "HEAD", f"refs/heads/{here[0]}")
+        self.done.append(f"HEAD, which dvc had detached, is on branch {here[0]} again")
+        return True
+
+    def _restore_parameters(self, stashed: str) -> None:
+        """params.yaml as composed for the experiment becomes the committed one again, or that of a changed conf/."""
+        name = "params.yaml"
+        if not self._git("diff", "--name-only", "HEAD", "--", name):
+            return
+        if self._git("diff", "--name-only", stashed, "--", name):
+            self.left.append(f"{name}: was changed after dvc had composed it, and is left; `git diff {name}`")
+            return
+        if self._git("diff", "--name-only", "HEAD", "--", "pipeline/conf"):
+            subprocess.run([sys.executable, "-m", "pipeline.composition"], cwd=self.root, check=True)
+            self.done.append(f"{name}: composed again from pipeline/conf, without the experiment's choices")
+        else:
+            self._git("checkout", "HEAD", "--", name)
+            self.done.append(f"{name}: as committed, without the experiment's choices")
+
+    def _restore(self, name: str, stashed: str) -> None:
+        """A file that only DVC writes, as it was when the experiment started."""
+        if self._git("cat-file", "-t", f"{stashed}:{name}") and self._git("diff", "--name-only", stashed, "--", name):
+            self._git("restore", f"--source={stashed}", "--worktree", "--", name)
+            self.done.append(f"{name}: as it was before the experiment")
+
+    def _git(self, *words: str) -> str:
+        """What git prints; nothing when it fails."""
+        return subprocess.run(
+            ["git", *words], cwd=self.root, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    # ------------------------------------------------------------ tracking and checkpoints
+
+    def _bury(self) -> None:
+        from pipeline.store import place
+
+        database = place().database
+        if database is None or not database.exists():
+            return
+        from pipeline.tracking import Store
+
+        store = Store()
+        buried = sum(store.bury(experiment.experiment_id) for experiment in store.client.search_experiments())
+        if buried:
+            self.done.append(f"MLflow: {buried} runs whose process is gone are marked as killed")
+
+    def _name_checkpoints(self) -> None:
+        """Say what waits to go on; it is no disorder, so only where something was done."""
+        kept = sorted(checkpoint.root().glob("*/*/*/seed-*/step-*.pt"))
+        if self.done and kept:
+            pairs = sorted({f"{path.parts[-5]} {path.parts[-4]}" for path in kept})
+            size = sum(path.stat().st_size for path in kept) / 2**20
+            self.done.append(f"checkpoints of {', '.join(pairs)} are kept ({size:.1f} MiB in {checkpoint.root()})")
+
+
+# ---------------------------------------------------------------- the queue, by DVC's own objects
+
+
+def _lost(queue: LocalCeleryQueue) -> list[QueueEntry]:
+    """Points that a worker had taken when it was killed: not queued, not failed, and in no experiment."""
+    folders = [path for path in Path(queue.pid_dir).glob("*") if re.fullmatch("[0-9a-f]{40}", path.name)]
+    taken = [path.name for path in folders] + [entry.stash_rev for _, entry in queue._iter_processed()]
+    failed = queue.failed_stash.stash_revs if queue.failed_stash else {}
+    waiting = {entry.stash_rev for entry in queue.iter_queued()}
+    entries = [_entry(queue, rev) for rev in dict.fromkeys(taken) if rev not in failed and rev not in waiting]
+    return [entry for entry in entries if not _is_over(queue, entry) and not _has_experiment(queue, entry)]
+
+
+def _entry(queue: LocalCeleryQueue, stashed: str) -> QueueEntry:
+    """The entry of a stashed experiment, as its commit's message tells it."""
+    from dvc.repo.experiments.queue.base import QueueEntry
+
+    message = queue.scm.resolve_commit(stashed).message.strip()
+    found = STASHED.search(message)
+    if found is None:
+        raise ConfigError(f"{stashed[:7]}: is no experiment that dvc stashed")
+    head, baseline, name, branch = found.groups()
+    return QueueEntry(queue.repo.root_dir, queue.scm.root_dir, queue.ref, stashed, baseline, branch or None, name, head)
+
+
+def _is_over(queue: LocalCeleryQueue, entry: QueueEntry) -> bool:
+    """Whether the experiment was run to its end and collected, even if it was removed afterwards."""
+    try:
+        result = queue._load_info(entry.stash_rev).result
+    except (OSError, ValueError):
+        return False
+    return result is not None and result.ref_info is not None and result.exp_hash is not None
+
+
+def _has_experiment(queue: LocalCeleryQueue, entry: QueueEntry) -> bool:
+    from dvc.repo.experiments.refs import ExpRefInfo
+
+    return queue.scm.get_ref(str(ExpRefInfo(entry.baseline_rev, entry.name))) is not None
+
+
+def _queue_again(queue: LocalCeleryQueue, entry: QueueEntry) -> None:
+    """Put a stashed experiment into the queue, and remove what its first start left."""
+    from dvc.repo.experiments.queue.remove import remove_tasks
+    from dvc.repo.experiments.queue.tasks import run_exp
+    from dvc.repo.experiments.refs import CELERY_STASH
+    from dvc.repo.experiments.utils import get_exp_rwlock
+
+    with get_exp_rwlock(queue.repo, writes=["workspace", CELERY_STASH]):
+        remove_tasks(queue, [entry])
+        try:
+            folder = Path(queue._load_info(entry.stash_rev).root_dir)
+            if folder.is_relative_to(Path(queue.repo.tmp_dir or "")):
+                shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, ValueError):
+            pass  # it had not come so far
+        shutil.rmtree(Path(queue.pid_dir) / entry.stash_rev, ignore_errors=True)
+        message = queue.stash.format_message(
+            entry.head_rev, baseline_rev=entry.baseline_rev, name=entry.name, branch=entry.branch
+        )
+        queue.scm.set_ref(queue.ref, entry.stash_rev, message=f"commit: {message}")
+    queue.celery.signature(run_exp.s(entry.asdict(), copy_paths=None, message=None)).delay()
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _processes() -> Iterator[tuple[psutil.Process, list[str]]]:
+    for process in psutil.process_iter():
+        try:
+            yield process, process.cmdline()
+        except psutil.Error:
+            continue
+
+
+def _folder(process: psutil.Process) -> Path:
+    try:
+        return Path(process.cwd())
+    except psutil.Error:
+        return Path("/")
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def _holders(path: Path) -> list[int] | None:
+    """The processes that DVC's lock file names: none in a file that was cut off, None where nothing is locked."""
+    try:
+        lock: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return []
+    readers = [info for infos in lock.get("read", {}).values() for info in infos]
+    infos = [*readers, *lock.get("write", {}).values()]
+    return [int(info["pid"]) for info in infos] or None
+
+
+if __name__ == "__main__":
+    main()
