@@ -43,7 +43,8 @@ def a_stage(optimizer: str = "sgd", **changes: Any) -> RunConfig:
         "target_class": OPTIMIZERS[optimizer],
         "options": {"lr": 0.05} if optimizer == "sgd" else {},
         "seeds": [0, 1],
-        "steps": 600 if optimizer == "sgd" else 150,
+        "steps": 320 if optimizer == "sgd" else 80,
+        "evaluate_every": 16 if optimizer == "sgd" else 8,
         "diagnostics": "light",
         "averaging": 0.9,
     }
@@ -145,23 +146,32 @@ def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return measure
 
 
-def kill_at_random_moments(root: Path, run: RunConfig, kills: int, seconds: float, seed: str) -> list[float]:
+def kill_at_random_moments(root: Path, run: RunConfig, kills: int, seconds: float, seed: str) -> list[str]:
+    """Kill lives of a stage, by turns at any moment of it and soon after it wrote a checkpoint; where each was."""
     moments, at = Random(seed), []
-    for _ in range(kills):
-        process = in_child(root, run)
-        process.join(moments.uniform(0.0, seconds))
+    for number in range(kills):
+        process, begin, before = in_child(root, run), time.monotonic(), checkpoints(root)
+        if number % 2:
+            while process.is_alive() and checkpoints(root) == before:
+                time.sleep(0.001)
+        process.join(moments.uniform(0.0, 0.3 if number % 2 else 1.0) * seconds)
         if process.exitcode is not None:
             break
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
-        at.append(len(printed(root).splitlines()))
+        latest = "/".join(checkpoints(root)[-1].parts[-2:]) if checkpoints(root) else "none"
+        at.append(f"{time.monotonic() - begin:.2f} s, last checkpoint {latest}")
     return at
+
+
+def checkpoints(root: Path) -> list[Path]:
+    return sorted(root.glob("checkpoints/*/*/*/seed-*/step-*.pt"))
 
 
 @pytest.mark.parametrize(
     ("optimizer", "round_"),
     [
-        *((optimizer, 0) for optimizer in OPTIMIZERS),
+        ("kfac", 0),
         *(pytest.param(o, k, marks=pytest.mark.slow) for o in OPTIMIZERS for k in range(1, 6)),
     ],
 )
@@ -174,12 +184,12 @@ def test_killed_at_any_moment_a_stage_goes_on_to_the_same_records(
 ) -> None:
     run = a_stage(optimizer)
     expected, seconds = undisturbed(run)
-    kill_at_random_moments(root, run, kills=3 if round_ == 0 else 6, seconds=seconds, seed=f"{optimizer} {round_}")
+    at = kill_at_random_moments(root, run, kills=2 if round_ == 0 else 6, seconds=seconds, seed=f"{optimizer} {round_}")
     assert ended(in_child(root, run)) == 0, printed(root)
-    assert without_clocks(root, run) == expected, printed(root)
+    assert without_clocks(root, run) == expected, at
     check_store(root, run, monkeypatch)
     assert not (root / "checkpoints").exists()
-    print(printed(root))
+    print(f"KILLED {optimizer} {seconds:.1f} s:", "; ".join(at))
 
 
 # ---------------------------------------------------------------- signals and locks
@@ -191,11 +201,9 @@ def wait_until(condition: Callable[[], Any], process: BaseProcess) -> None:
         time.sleep(0.002)
 
 
-def checkpoints(root: Path) -> list[Path]:
-    return sorted(root.glob("checkpoints/*/*/*/seed-*/step-*.pt"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_ends_a_run_cleanly_and_it_goes_on(
     number: signal.Signals,
     root: Path,
@@ -364,11 +372,14 @@ def test_a_full_disk_costs_checkpoints_and_tracking_but_no_record(
         mount("-t", "tmpfs", "-o", "size=8m", "none", str(disk))
         (disk / "mlflow.db").write_bytes((root / "mlflow.db").read_bytes())
         status = ended(in_child(disk, run, later(disk, lambda: fill(disk))))
-        (disk / "filler").unlink()
         said = (disk / "printed").read_text()
-        if status != 0:  # the records had room beside the checkpoints, not in results
-            assert "the same command brings them in" in said, said
+        (disk / "filler").unlink()
+        if status != 0:  # there was no room for the records either
+            assert said.splitlines()[-1].endswith(
+                "No space left on device; the same command goes on from its checkpoint"
+            )
             assert ended(in_child(disk, run)) == 0
+            assert "goes on from step" in (disk / "printed").read_text()
         assert without_clocks(disk, run) == expected
         assert said.count("no checkpoint could be written: No space left on device; training goes on") == 1, said
         monkeypatch.setenv("DVC_ROOT", str(disk))
