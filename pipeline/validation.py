@@ -297,7 +297,12 @@ def _check_target(field: str, target: Mapping[str, Any], task: str, *, planted: 
 
 def _check_data(field: str, fields: Any) -> dict[str, Any]:
     if field.startswith("planted."):
-        return check_fields(field, fields, PLANTED)
+        fields = check_fields(field, fields, PLANTED)
+        if fields["task"] != "regression" and fields["noise"] > 1:
+            raise ConfigError(
+                f"{field}.noise: {fields['noise']} is not allowed; expected a share of the labels, at most 1"
+            )
+        return fields
     fields = check_mapping(field, fields)
     check(f"{field}.source", fields.get("source"), SOURCE)
     source = fields["source"]
@@ -317,8 +322,6 @@ def _check_data(field: str, fields: Any) -> dict[str, Any]:
             f"{field}.examples: {examples} is not allowed; expected {least} to {sum(counts)}, so that every class has "
             "one to train and one to validate, or null"
         )
-    if field.startswith("planted.") and fields["task"] != "regression" and fields["noise"] > 1:
-        raise ConfigError(f"{field}.noise: {fields['noise']} is not allowed; expected a share of the labels, at most 1")
     return fields
 
 

@@ -66,6 +66,7 @@ def params(
         compile=False,
         channels_last=False,
         deterministic=True,
+        image_folder=None,
         diagnostics="light",
         image_folder=None,
         checkpoint_seconds=60,

@@ -100,7 +100,7 @@ def test_the_kronecker_optimizers_tune_themselves_by_default() -> None:
         ("optimizer.sgd._target_=torch.optim.SGDD", ["optimizer.sgd._target_: ", "nearest: SGD"]),
         ("optimizer=ekfacc", ["optimizer: unknown optimizer 'ekfacc'", "nearest: ekfac", "valid: adam, "]),
         ("optimizer=[sgd,ekfacc]", ["optimizer: unknown optimizer 'ekfacc'", "nearest: ekfac", "valid: adam, "]),
-        ("benchmark=digits", ["benchmark: unknown benchmark 'digits'", "valid: digits_autoencoder, digits_cnn, "]),
+        ("benchmark=digits", ["benchmark: unknown benchmark 'digits'", "valid: cifar100_alexnet, ", " digits_cnn, "]),
         ("study=tin", ["study: unknown study 'tin'", "nearest: tiny"]),
         ("optimiser=ekfac", ["optimiser: unknown", "nearest: optimizer"]),
         ("optimizer=[ekfac", ["'[ekfac'"]),
