@@ -20,7 +20,7 @@ def of_run(run: RunConfig, data: Data, network: nn.Module) -> dict[str, bytes]:
     """The pictures of a run by file name: `reconstructions.png` where the task is to reconstruct images, else none."""
     if data.manifest.get("source", {}).get("task") != "autoencoder":
         return {}
-    inputs = data.validation.inputs[:_SHOWN]
+    inputs, _ = data.validation.batch(slice(_SHOWN))
     shape = _image_shape(inputs[0].numel())
     if shape is None:
         return {}

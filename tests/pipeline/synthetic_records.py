@@ -68,7 +68,6 @@ def params(
         deterministic=True,
         image_folder=None,
         diagnostics="light",
-        image_folder=None,
         checkpoint_seconds=60,
     )
 

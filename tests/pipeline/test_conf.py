@@ -42,7 +42,7 @@ def test_every_optimizer_lists_the_same_options_of_the_training_loop(tmp_path: P
 
 @pytest.mark.parametrize("benchmark", available("benchmark"))
 def test_a_benchmark_brings_its_data_and_no_others(tmp_path: Path, benchmark: str) -> None:
-    params = composed(tmp_path, f"benchmark={benchmark}")
+    params = composed(tmp_path, f"benchmark={benchmark}", "optimizer=sgd")
     assert list(params.benchmarks) == [benchmark]
     assert [*params.images, *params.planted] == [benchmark]
 

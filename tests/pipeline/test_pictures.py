@@ -1,6 +1,7 @@
 """Claims about the picture of an autoencoder: inputs above, what the trained network makes of them below."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline import data as datasets
 from pipeline import pictures, prepare, tracking
-from pipeline.data import Data, Split
+from pipeline.data import Data, Images, Split
 from pipeline.records import FILES
 from pipeline.train import train
 
@@ -26,6 +27,20 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Data:
     folder = tmp_path_factory.mktemp("data")
     prepare.make(SOURCE, str(folder / "digits"))
     return datasets.load("digits", folder)
+
+
+def test_images_that_are_kept_as_bytes_are_drawn_as_the_numbers_that_the_network_gets(digits: Data) -> None:
+    grey = digits.validation.inputs.mul(255).round()
+    numbers = torch.zeros(1)
+    kept = Images(
+        inputs=grey.to(torch.uint8).reshape(-1, 1, 8, 8),
+        targets=torch.zeros(len(grey), dtype=torch.int64),
+        mean=numbers,
+        std=numbers + 1,
+        task="autoencoder",
+    )
+    as_bytes, as_floats = replace(digits, validation=kept), replace(digits, validation=Split(grey / 255, grey / 255))
+    assert (drawn(as_bytes, Inverse()) == drawn(as_floats, Inverse())).all()
 
 
 class Inverse(nn.Module):
