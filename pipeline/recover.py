@@ -211,7 +211,7 @@ class Recovery:
         database = place().database
         if database is None or not database.exists():
             return
-        from pipeline.tracking import Store
+        from pipeline.mlflow_store import Store
 
         store = Store()
         buried = sum(store.bury(experiment.experiment_id) for experiment in store.client.search_experiments())
