@@ -10,6 +10,7 @@ Where all is well, it says so and changes nothing. Exit status: 1 when something
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -211,7 +212,7 @@ class Recovery:
         database = place().database
         if database is None or not database.exists():
             return
-        from pipeline.tracking import Store
+        from pipeline.mlflow_store import Store
 
         store = Store()
         buried = sum(store.bury(experiment.experiment_id) for experiment in store.client.search_experiments())
@@ -269,13 +270,17 @@ def _has_experiment(queue: LocalCeleryQueue, entry: QueueEntry) -> bool:
 
 def _queue_again(queue: LocalCeleryQueue, entry: QueueEntry) -> None:
     """Put a stashed experiment into the queue, and remove what its first start left."""
-    from dvc.repo.experiments.queue.remove import remove_tasks
+    from celery.result import AsyncResult
     from dvc.repo.experiments.queue.tasks import run_exp
     from dvc.repo.experiments.refs import CELERY_STASH
     from dvc.repo.experiments.utils import get_exp_rwlock
 
     with get_exp_rwlock(queue.repo, writes=["workspace", CELERY_STASH]):
-        remove_tasks(queue, [entry])
+        for taken, other in queue._iter_processed():
+            if other.stash_rev == entry.stash_rev:
+                with contextlib.suppress(FileNotFoundError):  # it has no result
+                    AsyncResult(taken.headers["id"]).forget()
+                queue.celery.purge(taken.delivery_tag)
         try:
             folder = Path(queue._load_info(entry.stash_rev).root_dir)
             if folder.is_relative_to(Path(queue.repo.tmp_dir or "")):

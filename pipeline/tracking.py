@@ -1,11 +1,11 @@
 """Training runs in MLflow: a view of the plain records, written while they are made and again from the files.
 
-Nothing but this file knows MLflow, and MLflow is imported only when a store is opened. Names come from
-`pipeline.metrics`, live and in a rebuild. A run is identified by a checksum of its configuration and by its seed:
-training the same again replaces the older run, another configuration stands beside it. Evaluations are sent when a
-checkpoint holds them, so a run that was killed and goes on has every step once. The time of a metric is the
-training clock, counted from one date that all runs share: the UI averages the times of a group of runs, and where one
-seed ends early, starts that differ would tear the mean apart.
+Nothing but this file and `pipeline.mlflow_store` knows MLflow, and it is imported only when a store is opened. Names
+come from `pipeline.metrics`, live and in a rebuild. A run is identified by a checksum of its configuration and by its
+seed: training the same again replaces the older run, another configuration stands beside it. Evaluations are sent when
+a checkpoint holds them, so a run that was killed and goes on has every step once. The time of a metric is the training
+clock, counted from one date that all runs share: the UI averages the times of a group of runs, and where one seed ends
+early, starts that differ would tear the mean apart.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import logging
 import math
-import os
 import socket
 import sys
 import time
@@ -23,9 +21,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import comparability, views
+from pipeline import comparability, ui, views
 from pipeline.checks import ConfigError
-from pipeline.interruption import described_process, is_running
+from pipeline.interruption import described_process
 from pipeline.metrics import (
     configuration_hash,
     curvature_metrics,
@@ -34,151 +32,18 @@ from pipeline.metrics import (
     records_hash,
     summary_metrics,
 )
+from pipeline.mlflow_store import PROCESS_TAG, Store
 from pipeline.records import FILES, PICTURES, read_run
-from pipeline.store import ALLOWED, VARIABLE, place, reason, within, workspace
+from pipeline.store import place, reason
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
     from pipeline.config import RunConfig
 
 POINTS = 300  # a metric; the UI draws about as many
-START_WITHIN = 9.0  # seconds a tracking server has to answer at the start
 CLOCK_ZERO = 946_684_800  # seconds; training time 0 of every run, 2000-01-01 in UTC (the UI takes 0 for no time)
 BATCH = 1000  # metrics a call, MLflow's own limit
-PROCESS_TAG = "process"  # of a run: machine and process that write it
-
-
-# --------------------------------------------------------------------------------------------- the store
-
-
-class Store:
-    """An open tracking store: its `place`, a `client`, and `turn`, which keeps writers of a local store in a queue."""
-
-    def __init__(self) -> None:
-        self.place = place()
-        with self.place.turn():
-            self.place.check()
-            self.client = _client(self.place.address)
-        self._file = self._identity()
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Have a local store for oneself. SQLite would go on writing to a file that was deleted; here that raises."""
-        with self.place.turn():
-            if self._identity() != self._file:
-                raise FileNotFoundError("the file is gone")
-            yield
-
-    def _identity(self) -> tuple[int, int] | None:
-        database = self.place.database
-        if database is None or not database.exists():
-            return None
-        found = database.stat()
-        return found.st_dev, found.st_ino
-
-    def experiment(self, benchmark: str, target_metric: str) -> str:
-        """Identifier of the benchmark's experiment, made or brought back if need be, with its prefilled view."""
-        from mlflow.exceptions import MlflowException
-
-        found = self.client.get_experiment_by_name(benchmark)
-        if found is None:
-            location = None
-            if self.place.database is not None:
-                location = (self.place.database.parent / "mlartifacts" / benchmark).as_uri()
-            with contextlib.suppress(MlflowException):  # another process was faster
-                self.client.create_experiment(benchmark, artifact_location=location)
-            found = self.client.get_experiment_by_name(benchmark)
-            assert found is not None
-        if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        view = views.comparison(target_metric)
-        if found.tags.get(views.VIEW_TAG) != view:
-            self.client.set_experiment_tag(found.experiment_id, views.VIEW_TAG, view)
-            self.client.set_experiment_tag(found.experiment_id, "mlflow.note.content", views.note(benchmark))
-        return found.experiment_id
-
-    def runs(self, experiment: str, condition: str = "", *, deleted: bool = False) -> list[Run]:
-        """All runs of an experiment that meet a condition, the oldest first."""
-        from mlflow.entities import ViewType
-
-        found: list[Run] = []
-        token = None
-        while True:
-            page = self.client.search_runs(
-                [experiment],
-                condition,
-                run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
-                max_results=1000,
-                order_by=["attributes.start_time ASC"],
-                page_token=token,
-            )
-            found.extend(page)
-            token = page.token
-            if not token:
-                return found
-
-    def bury(self, experiment: str) -> int:
-        """Mark runs as killed that seem to go on although their process on this machine is gone; how many."""
-        buried = 0
-        for run in self.runs(experiment, "attributes.status = 'RUNNING'"):
-            process = json.loads(run.data.tags.get(PROCESS_TAG, "{}"))
-            if process.get("machine") == socket.gethostname() and not is_running(process):
-                self.end_as_killed(run.info.run_id)
-                buried += 1
-        return buried
-
-    def end_as_killed(self, run_id: str) -> None:
-        self.client.set_tag(run_id, "status", "killed")
-        self.client.set_terminated(run_id, status="KILLED")
-
-    def label(self, experiment: str, optimizer: str) -> None:
-        """Name the groups of the charts: the optimizer, and where its runs differ in settings, those settings."""
-        runs = self.runs(experiment, f"params.optimizer = '{optimizer}'")
-        values: dict[str, set[str | None]] = {}
-        for key in {key for run in runs for key in run.data.params} - {"seed"}:
-            values[key] = {run.data.params.get(key) for run in runs}
-        differing = sorted(key for key, seen in values.items() if len(seen) > 1)
-        for run in runs:
-            words = [
-                f"{key.removeprefix('optimizer.')}={run.data.params[key]}"
-                for key in differing
-                if key in run.data.params
-            ]
-            setting = " ".join([optimizer, *words])
-            if run.data.tags.get(views.GROUP_TAG) != setting:
-                self.client.set_tag(run.info.run_id, views.GROUP_TAG, setting)
-                self.client.set_tag(run.info.run_id, "mlflow.runColor", views.colour(setting))
-
-
-def _client(address: str) -> MlflowClient:
-    """A client that answered once. A server that cannot be reached is refused; MLflow's own chatter is turned off."""
-    for name, value in {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "GIT_PYTHON_REFRESH": "quiet",
-    }.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic", "urllib3"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-    def connect() -> MlflowClient:
-        client = MlflowClient(tracking_uri=address)
-        client.search_experiments(max_results=1)
-        return client
-
-    if address.startswith("sqlite:"):
-        return connect()
-    try:
-        return within(START_WITHIN, connect)
-    except Exception as error:
-        message = f"{VARIABLE}: no tracking server answers at {address!r} ({reason(error)})"
-        raise ConfigError(f"{message}; allowed: {ALLOWED}") from None
 
 
 # --------------------------------------------------------------------------------------------- one run
@@ -471,44 +336,7 @@ def _started(environment: Mapping[str, Any]) -> float:
     return float(environment.get("start_time") or time.time())
 
 
-# --------------------------------------------------------------------------------------------- in the browser
-
-
-def serve(results: Path, port: int) -> None:
-    """Complete the store from the records, print the links and become the MLflow server (loopback, one worker)."""
-    if place().database is None:
-        _print_links(Store(), place().address)
-        return
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise ConfigError(f"--port: {port} is in use on this machine; allowed: a free one")
-    if any(results.glob("*/*/seed-*/summary.json")):
-        rebuild(results, bring_back=False)
-    store = Store()
-    _print_links(store, f"http://127.0.0.1:{port}")
-    print("Ctrl-C ends the server", flush=True)
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "PYTHONWARNINGS": "ignore",
-    }
-    words = f"-m mlflow server --host 127.0.0.1 --port {port} --workers 1 --uvicorn-opts --log-level=warning".split()
-    words += ["--backend-store-uri", store.place.address, "--registry-store-uri", store.place.address]
-    os.chdir(workspace())
-    os.execve(sys.executable, [sys.executable, *words], environment)
-
-
-def _print_links(store: Store, base: str) -> None:
-    """One line an experiment of the benchmark: its name and the address of its prefilled view."""
-    found = sorted((e for e in store.client.search_experiments() if views.VIEW_TAG in e.tags), key=lambda e: e.name)
-    if not found:
-        print(f"{store.place.address}: no runs yet; `dvc repro` makes them", flush=True)
-    width = max((len(experiment.name) for experiment in found), default=0)
-    for experiment in found:
-        address = f"{base.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs{views.link_query()}"
-        print(f"{experiment.name:{width}}  {address}", flush=True)
+# --------------------------------------------------------------------------------------------- the command
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -528,11 +356,13 @@ def main(arguments: list[str] | None = None) -> None:
             if given.command == "rebuild":
                 uploaded, there = rebuild(given.results)
                 print(f"{place().address}: {uploaded} runs uploaded, {there} were there")
-            elif given.command == "views":
-                base = f"http://127.0.0.1:{given.port}" if place().database else place().address
-                _print_links(Store(), base)
+            elif given.command == "views" or place().database is None:
+                ui.print_links(Store(), given.port)
             else:
-                serve(Path("results"), given.port)
+                ui.check_port(given.port)
+                if any(Path("results").glob("*/*/seed-*/summary.json")):
+                    rebuild(Path("results"), bring_back=False)
+                ui.serve(Store(), given.port)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

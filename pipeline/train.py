@@ -172,7 +172,11 @@ class Stage:
                 kept.finish()
                 return kept.records
         place = self.folder / f"seed-{seed}"
-        write_run(place, **records)
+        try:
+            write_run(place, **records)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"{place}: {reason}; the same command goes on from its checkpoint") from None
         return place
 
     def _begin(self) -> None:

@@ -33,6 +33,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "soap": ("pytorch_optimizer.SOAP", {"lr": 0.01}),
     "shampoo": ("pytorch_optimizer.Shampoo", {"lr": 0.01}),
 }
+FAST = ("sgd", "kfac", "ekfac", "gkfac")
 STEPS = 40
 
 
@@ -62,7 +63,9 @@ def stop_after(step: int, training: Training) -> Callable[[], str]:
     return lambda: "test" if training.progress.step >= step else ""
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS if name not in FAST)]
+)
 def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, tmp_path: Path) -> None:
     pytest.importorskip(OPTIMIZERS[name][0].partition(".")[0])
     run, moments = a_long_run(name), Random(name)

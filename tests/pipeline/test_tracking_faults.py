@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import metrics, records, store, tracking
+from pipeline import metrics, mlflow_store, records, store, tracking
 from pipeline.config import ConfigError, resolve
 from tests.pipeline import synthetic_records as study
 
@@ -61,8 +61,8 @@ def test_a_closed_port_is_refused_within_ten_seconds_in_one_line(tmp_path: Path)
 
 
 def test_a_server_that_accepts_and_stays_silent_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.START_WITHIN < 10
-    monkeypatch.setattr(tracking, "START_WITHIN", 0.5)
+    assert mlflow_store.START_WITHIN < 10
+    monkeypatch.setattr(mlflow_store, "START_WITHIN", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
