@@ -9,14 +9,14 @@ import matplotlib.image
 import numpy
 import pytest
 import torch
-from runs import Listener, a_run
+from runs import a_run
 from torch import Tensor, nn
 
 from pipeline import data as datasets
 from pipeline import pictures, prepare, tracking
 from pipeline.data import Data, Images, Split
 from pipeline.records import FILES
-from pipeline.train import train
+from pipeline.train import Untracked, train
 
 SOURCE = {"source": "digits", "task": "autoencoder", "validation": 0.15, "test": 0.15, "split_seed": 0}
 MODEL = {"name": "autoencoder", "widths": [16, 4], "activation": "tanh", "init": "xavier_normal", "gain": 1.0}
@@ -89,7 +89,8 @@ def test_gray_and_coloured_squares_are_images_and_other_lengths_are_not(numbers:
 def test_the_train_stage_keeps_the_picture_with_the_records_of_an_autoencoder_that_finished(
     tmp_path: Path, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "start", lambda run, seed, environment: Listener())
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(tracking, "start", lambda *arguments: Untracked())
     monkeypatch.setattr(datasets, "load", lambda benchmark, device: digits)
     run = {"model": MODEL, "loss": "binary_cross_entropy", "steps": 5}
     train(a_run(**run), tmp_path)
