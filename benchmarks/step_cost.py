@@ -7,8 +7,8 @@ cycles, and the most expensive kind.
 
 On a machine that is busy with other work `--threads 1 --clock cpu` counts processor time, which waiting does not enter.
 
-    python benchmarks/step_cost.py                        # the table, and benchmarks/results/step_cost.json
-    python benchmarks/step_cost.py --only resnet --quick
+    python -m benchmarks.step_cost                        # the table, and benchmarks/results/step_cost.json
+    python -m benchmarks.step_cost --only resnet --quick
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def memory_row(options: argparse.Namespace) -> dict:
     """The ratio of peaks of two processes."""
     peaks = {}
     for optimizer in ("sgd", "kfac"):
-        command = [sys.executable, __file__, "--peak", optimizer, "--threads", str(options.threads)]
+        command = [sys.executable, "-m", "benchmarks.step_cost", "--peak", optimizer, "--threads", str(options.threads)]
         output = subprocess.run([*command, "--device", options.device], capture_output=True, text=True, check=True)
         peaks[optimizer] = float(output.stdout)
     name, workload, goal = MEMORY

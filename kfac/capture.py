@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import compiling, distributed
 from .layers import Block
+from .products import Unwritten
 
 Arguments = tuple[tuple[int, str], ...]  # positions and names of the criterion's arguments that the network computes
 
@@ -49,7 +50,7 @@ class Call:
     context: Any = None
 
     @property
-    def rows(self) -> Tensor:
+    def rows(self) -> Tensor | Unwritten:
         """The input as rows a, as `Block.inputs` gives them; made anew, since most are used once and may be large."""
         return self.block.inputs(self.input, self.module, self.context)
 

@@ -217,7 +217,12 @@ def _leading(factor: Tensor, basis: Tensor | None, count: int) -> tuple[Tensor, 
 
 def overlaps(spaces: Spaces) -> list[Tensor]:
     """The inner products of each layer's coarse vectors, [I, I]."""
-    return [torch.stack([torch.stack([_dot(u, v) for v in space]) for u in space]) for space in spaces]
+    found = []
+    for space in spaces:
+        own = {(i, j): _dot(u, space[j]) for i, u in enumerate(space) for j in range(i + 1)}
+        rows = [[own[max(i, j), min(i, j)] for j in range(len(space))] for i in range(len(space))]
+        found.append(torch.stack([torch.stack(row) for row in rows]))
+    return found
 
 
 def block_gram(overlaps: Sequence[Tensor], dampings: Sequence[Tensor]) -> Tensor:
@@ -235,9 +240,12 @@ def prolonged(vectors: Sequence[Tensor], spaces: Spaces, coefficients: Tensor) -
     """v + R0^T y, by blocks."""
     moved = []
     for v, space, own in zip(vectors, spaces, coefficients.split(len(spaces[0])), strict=True):
+        present = sum((y for u, y in zip(space, own, strict=True) if u is v), torch.zeros_like(coefficients[0]))
+        total = v * (1 + present)
         for u, y in zip(space, own, strict=True):
-            v = torch.addcmul(v, u, y)
-        moved.append(v)
+            if u is not v:
+                total.addcmul_(u, y)
+        moved.append(total)
     return moved
 
 

@@ -169,7 +169,7 @@ class Collector:
             if self.keeps_rows:
                 self.factor_rows.append(factor_rows.written())
         if model_rows is not None:
-            self.model_rows.append(rows.quarter(model_rows) if many else model_rows)
+            self.model_rows.append((rows.quarter(model_rows) if many else model_rows).kept())
         return True
 
     def _vectors(self, fisher: str, batch: Batch, output: Any) -> list[Tensor]:

@@ -28,7 +28,7 @@ class ConvBlock(MatrixBlock):
     def groups(self) -> int:
         return self.modules[0].groups  # type: ignore[return-value]
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor | Patches:  # type: ignore[override]
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor | Patches:
         x = _batched(x.to(self.dtype), module)
         if self.groups == 1 and _geometry(module) == _COMMON:
             return Patches(x, self.has_bias)
@@ -82,7 +82,7 @@ class TransposedConvBlock(ConvBlock):
     def context(self, module: Any, output: Tensor) -> Any:
         return output.shape  # `forward` may be given an output size
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:  # type: ignore[override]
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
         x = _batched(x.to(self.dtype), module)
         n, channels, *sizes = x.shape
         ndim = len(sizes)

@@ -81,11 +81,16 @@ def invert(state: BlockState, damping: Tensor, unit: bool, dtype: torch.dtype | 
     good = good_a & good_g
     last = state.solver or {"inverse_a": _identity(state.A), "inverse_g": _identity(state.G)}
     state.solver = {
-        "inverse_a": select(good, inverse_a, last["inverse_a"].to(inverse_a.dtype)).to(dtype or inverse_a.dtype),
-        "inverse_g": select(good, inverse_g, last["inverse_g"].to(inverse_g.dtype)).to(dtype or inverse_g.dtype),
+        "inverse_a": _stored(select(good, inverse_a, last["inverse_a"].to(inverse_a.dtype)), dtype),
+        "inverse_g": _stored(select(good, inverse_g, last["inverse_g"].to(inverse_g.dtype)), dtype),
     }
     state.jitter = torch.where(good, (state.jitter - 0.1).clamp_min(0), state.jitter.ceil() + 1)
     return 1.0 - good.to(state.A.dtype)
+
+
+def _stored(inverse: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """An inverse in the dtype of its products, row by row: LAPACK's columns would be copied at each of them."""
+    return inverse if dtype is None else inverse.to(dtype, memory_format=torch.contiguous_format)
 
 
 def decompose(state: BlockState, damping: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .products import Unwritten, WithOne
+
 
 class Block:
     """A layer, or several that share a weight, whose parameters have a curvature block.
@@ -74,6 +76,10 @@ class Block:
         """Tensors shaped as `parameters` (None for zeros) as one matrix [K, d_out, d_in]."""
         raise NotImplementedError
 
+    def added(self, tensors: Sequence[Tensor | None], matrix: Tensor, factor: float) -> Tensor:
+        """`matrix(tensors)` + factor * matrix."""
+        return torch.add(self.matrix(tensors), matrix, alpha=factor)
+
     def tensors(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of `matrix`: tensors shaped as `parameters`."""
         raise NotImplementedError
@@ -82,7 +88,7 @@ class Block:
         """What a call's rows need beside its input and may change after it."""
         return None
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor | Unwritten:
         """The layer's input as rows a: [K, N, T, d_in]."""
         raise NotImplementedError
 
@@ -90,7 +96,7 @@ class Block:
         """A gradient at the layer's output as rows g: [K, N, T, d_out]."""
         raise NotImplementedError
 
-    def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
+    def rows(self, inputs: Any, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor | Unwritten, Tensor]:
         """Rows (a, g) of a call, from what `inputs` gave and its output's gradients of M vectors.
 
         Where a depends on the vector it is [K, M, N, T, d_in].
@@ -129,6 +135,15 @@ class MatrixBlock(Block):
         matrix = self._to_matrix(weight)
         return torch.cat([matrix, bias[0].reshape(*matrix.shape[:2], 1)], dim=2) if bias else matrix
 
+    def added(self, tensors: Sequence[Tensor | None], matrix: Tensor, factor: float) -> Tensor:
+        if not self.has_bias:
+            return super().added(tensors, matrix, factor)
+        weight, bias = self._filled(tensors)
+        out = torch.empty_like(matrix)  # in one pass, without the matrix of `tensors`
+        torch.add(self._to_matrix(weight), matrix[:, :, :-1], alpha=factor, out=out[:, :, :-1])
+        torch.add(bias.reshape(*out.shape[:2], 1), matrix[:, :, -1:], alpha=factor, out=out[:, :, -1:])
+        return out
+
     def tensors(self, matrix: Tensor) -> list[Tensor]:
         if not self.has_bias:
             return [self._from_matrix(matrix)]
@@ -140,21 +155,15 @@ class MatrixBlock(Block):
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.parameters[0].shape)
 
-    def _with_ones(self, rows: Tensor) -> Tensor:
-        if not self.has_bias:
-            return rows
-        longer = rows.new_empty(*rows.shape[:-1], rows.shape[-1] + 1)
-        longer[..., :-1], longer[..., -1] = rows, 1.0
-        return longer
-
 
 class LinearBlock(MatrixBlock):
     """`nn.Linear` on any number of leading dimensions; dimension 0 is the batch."""
 
     kind = "linear"
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
-        return self._with_ones(_rows(x.to(self.dtype)))
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor | Unwritten:
+        rows = _rows(x.to(self.dtype))
+        return WithOne(rows) if self.has_bias else rows
 
     def gradients(self, g: Tensor, module: Any) -> Tensor:
         return _rows(g)
@@ -183,9 +192,9 @@ class EmbeddingBlock(Block):
     def gradients(self, g: Tensor, module: Any) -> Tensor:
         return _rows(g)
 
-    def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
-        index, g = super().rows(inputs, gradients, module)
-        return index, _without_padding(index, g, module)
+    def rows(self, inputs: Any, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor | Unwritten, Tensor]:
+        _, g = super().rows(inputs, gradients, module)
+        return inputs, _without_padding(inputs, g, module)
 
 
 class TiedEmbeddingBlock(LinearBlock):
@@ -199,10 +208,10 @@ class TiedEmbeddingBlock(LinearBlock):
 
     kind = "tied"
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor | Unwritten:
         return _indices(x, module) if isinstance(module, nn.Embedding) else super().inputs(x, module, context)
 
-    def rows(self, inputs: Tensor, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor, Tensor]:
+    def rows(self, inputs: Any, gradients: Sequence[Tensor], module: Any) -> tuple[Tensor | Unwritten, Tensor]:
         _, arrived = super().rows(inputs, gradients, module)
         if isinstance(module, nn.Embedding):
             a = _without_padding(inputs, arrived, module)

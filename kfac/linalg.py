@@ -17,10 +17,15 @@ def diagonal(matrix: Tensor) -> Tensor:
 def apply(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
     """left @ matrix @ right for factors on both sides of [K, d_out, d_in]; None is the identity."""
     if left is not None:
-        matrix = left[..., None] * matrix if left.dim() == 2 else left @ matrix
+        matrix = left[..., None] * matrix if left.dim() == 2 else _product(left, matrix)
     if right is not None:
-        matrix = matrix * right[:, None] if right.dim() == 2 else matrix @ right
+        matrix = matrix * right[:, None] if right.dim() == 2 else _product(matrix, right)
     return matrix
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right; a batch of one as a plain product, for a batched one copies bfloat16 of odd sizes."""
+    return (left[0] @ right[0])[None] if len(left) == len(right) == 1 else left @ right
 
 
 def balance(a: Tensor, g: Tensor) -> Tensor:
@@ -46,13 +51,46 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.dim() == 2:
         inverse = 1 / (matrix + damping[:, None])
         return inverse, inverse.isfinite().all() & (inverse > 0).all()
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-    factor, info = torch.linalg.cholesky_ex(damped)
+    inverse = matrix.clone()
+    inverse.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
+    if inverse.device.type == "cpu" and inverse.shape[-1] > WHOLE:
+        good = torch.stack([_invert_by_quarters(one) for one in inverse]).all()
+    else:
+        good = _invert(inverse)
+    return inverse, good & inverse.diagonal(dim1=-2, dim2=-1).sum().isfinite()
+
+
+def _invert(matrix: Tensor) -> Tensor:
+    """Put the inverse of a positive definite matrix, of which the lower triangle is read, in its place.
+
+    Returns whether all pivots were positive, a 0-dimensional bool.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
     # What is left of a failed factor may be singular, at which `cholesky_inverse` raises.
     factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0)[..., None], 1.0)
-    inverse = torch.cholesky_inverse(factor)
-    return inverse, (info == 0).all() & inverse.diagonal(dim1=-2, dim2=-1).sum().isfinite()
+    matrix.copy_(torch.cholesky_inverse(factor))
+    return (info == 0).all()
+
+
+WHOLE = 128  # size up to which LAPACK inverts a matrix on a CPU; beyond, products of its quarters are faster
+
+
+def _invert_by_quarters(matrix: Tensor) -> Tensor:
+    """The same for [[A, B^T], [B, C]] by the inverses of A and of C - B A^-1 B^T, and so on."""
+    d = len(matrix)
+    if d <= WHOLE:
+        return _invert(matrix)
+    half = (d // 2 + 15) // 16 * 16  # aligned
+    a, b, c = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    good = _invert_by_quarters(a)
+    left = b @ a
+    c.addmm_(left, b.T, alpha=-1)
+    good = good & _invert_by_quarters(c)
+    below = c @ left
+    a.addmm_(left.T, below)
+    torch.neg(below, out=b)
+    matrix[:half, half:] = b.T
+    return good
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor | None]:

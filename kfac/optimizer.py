@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .later import seen_broken
 from .layers import Block
 from .levenberg import LevenbergMarquardt
 from .method import Method
-from .options import Options, check_options
+from .options import Options, check_options, gradual
 from .rules import FixedRule, Plan, Problem, SelfTuningRule
 from .state import LayerCurvature
 
@@ -57,8 +58,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             (250 of a batch with `stat_decay=0.95`).
         fisher_samples: vectors drawn for an example when sampling.
         stat_decay: running average of the factors; None is 0.8 when self-tuning and 0.95 with `lr`.
-        factor_interval: steps between updates of the factors (or a callable of the step); None is 5, and 10 with `lr`.
-        inverse_interval: steps between inverses; None is 10, and 100 with `lr`.
+        factor_interval: steps between updates of the factors, or a callable of the step; None is 5, and with `lr` 10,
+            reached gradually (`kfac.options.gradual`): from some initialisations curvature grows a thousandfold within
+            ten steps.
+        inverse_interval: steps between inverses, likewise; None is 10, and with `lr` 100, reached gradually.
         preconditioning_dtype: dtype of the two products that precondition, torch.bfloat16 or its name; None keeps the
             parameters' own. With bfloat16 a CPU also rounds to it what it multiplies for sampled statistics.
         generator: source of the sampled vectors; None is an own one for each device, seeded 0.
@@ -136,8 +139,12 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             fisher=fisher,
             fisher_samples=fisher_samples,
             stat_decay=stat_decay if stat_decay is not None else 0.8 if tuned else 0.95,
-            factor_interval=factor_interval if factor_interval is not None else 5 if tuned else 10,
-            inverse_interval=inverse_interval if inverse_interval is not None else 10 if tuned else 100,
+            factor_interval=factor_interval if factor_interval is not None else 5 if tuned else partial(gradual, 10),
+            inverse_interval=inverse_interval
+            if inverse_interval is not None
+            else 10
+            if tuned
+            else partial(gradual, 100),
             generator=generator,
             sharing=sharing,
             max_factor_size=max_factor_size,
@@ -227,10 +234,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         blocks = [block for block in self.blocks if block.parameters[0].grad is not None]
         groups = [self._group_of(block, group_of) for block in blocks]
-        gradients = [self._gradient(block, group_of) for block in blocks]
+        gradients = [self._gradients(block, group_of) for block in blocks]
         others = self._first_order_groups(group_of)
         rest = [p.grad for group in others for p in group["params"] if p.grad is not None]
-        finite = curvature.finite([*gradients, *rest])
+        finite = curvature.finite([*(g for layer in gradients for g in layer if g is not None), *rest])
         if seen_broken(finite):
             curvature.stats = {"skipped": 1.0 - finite.float()}
             self._arm()
@@ -252,7 +259,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self,
         blocks: list[Block],
         groups: list[dict[str, Any]],
-        gradients: list[Tensor],
+        gradients: list[list[Tensor | None]],
         others: list[dict[str, Any]],
         finite: Tensor,
         group_of: dict[int, dict[str, Any]],
@@ -266,7 +273,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         gradients = [gradients[i] for i in usable]
         first_order = self._fallback.step(others, self.state, finite)
         buffers = [self.state[b.parameters[0]].get("momentum_buffer") for b in blocks]
-        buffers = [torch.zeros_like(g) if x is None else x for x, g in zip(buffers, gradients, strict=True)]
+        buffers = [
+            torch.zeros(block.shape, dtype=block.dtype, device=finite.device) if x is None else x
+            for x, block in zip(buffers, blocks, strict=True)
+        ]
         problem = Problem(
             blocks,
             gradients,
@@ -307,14 +317,15 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             self._fallback.scale(plan.factor)
         self._curvature.stats |= plan.stats
 
-    def _gradient(self, block: Block, group_of: dict[int, dict[str, Any]]) -> Tensor:
-        gradients = []
+    def _gradients(self, block: Block, group_of: dict[int, dict[str, Any]]) -> list[Tensor | None]:
+        """Of the block's parameters, with the weight decay that is part of the objective."""
+        gradients: list[Tensor | None] = []
         for parameter in block.parameters:
             gradient = parameter.grad
             if l2 := self._l2(group_of[id(parameter)]):
                 gradient = l2 * parameter if gradient is None else gradient + l2 * parameter
             gradients.append(gradient)
-        return block.matrix(gradients)
+        return gradients
 
     def _l2(self, group: dict[str, Any]) -> float:
         """The weight decay that is part of the objective, and so of gradient and damping."""

@@ -123,6 +123,11 @@ def value_at(value: Any, step: int) -> Any:
     return value(step) if callable(value) else value
 
 
+def gradual(interval: int, step: int) -> int:
+    """An interval at a step that grows by one with every eighth step until it is `interval`."""
+    return min(interval, 1 + step // 8)
+
+
 def dtype_of(value: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype given by itself or by its name in torch."""
     return getattr(torch, value) if isinstance(value, str) else value

@@ -5,23 +5,25 @@ All are exact rearrangements of plain products.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
-BLOCK = 256  # rows of a block of a symmetric product: large enough for a fast product, small enough to skip a half
+BLOCK = 512  # rows of a block of a symmetric product: large enough for a fast product, small enough to skip a third
 
 
 def gram(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """X^T diag(weights) X of [K, R, d] and [R]: [K, d, d], by the blocks on and below the diagonal."""
+    """X^T diag(weights) X of [K, R, d] and [R]: [K, d, d]; a large one by the blocks on and below the diagonal."""
     weighted = x if weights is None else x * weights[:, None]
     d = x.shape[-1]
-    if d <= BLOCK:
+    if min(d, x.shape[-2]) <= BLOCK:
         return x.mT @ weighted
     out = x.new_empty(len(x), d, d)
     for one, left, right in zip(out, x, weighted, strict=True):
@@ -79,8 +81,53 @@ def _strip(line: Tensor) -> Tensor:
     return conv1d_weight(line, (c, c, 5), line, padding=2).unfold(2, 3, 1).flip(2)
 
 
+class Unwritten(ABC):
+    """Rows a [K, N, T, d_in] that are not in memory until `rows` is read."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Of the rows, [K, N, T, d_in]."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """The rows, written once."""
+
+    @abstractmethod
+    def first(self, count: int) -> Self:
+        """Those of the first `count` examples."""
+
+    @abstractmethod
+    def of(self, examples: Tensor) -> Self:
+        """Those of some examples, by their places."""
+
+
 @dataclass
-class Patches:
+class WithOne(Unwritten):
+    """Rows of x [K, N, T, d] with a one for the bias at their end: a part of the examples is chosen before the copy."""
+
+    x: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.x.shape[:-1], self.x.shape[-1] + 1))
+
+    @cached_property
+    def rows(self) -> Tensor:
+        a = self.x.new_empty(self.shape)
+        a[..., :-1], a[..., -1] = self.x, 1.0
+        return a
+
+    def first(self, count: int) -> WithOne:
+        return WithOne(self.x[:, :count])
+
+    def of(self, examples: Tensor) -> WithOne:
+        return WithOne(self.x[:, examples])
+
+
+@dataclass
+class Patches(Unwritten):
     """Rows a of a 3x3 convolution with stride 1 and padding 1, as its input; a one for the bias is last.
 
     x: [N, C, H, W]. Where no more than sums are needed the rows are never written down.
@@ -91,13 +138,11 @@ class Patches:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the rows, [1, N, T, d_in]."""
         n, c, h, w = self.x.shape
         return torch.Size((1, n, h * w, 9 * c + self.bias))
 
     @cached_property
     def rows(self) -> Tensor:
-        """[1, N, T, d_in]."""
         n, c, h, w = self.x.shape
         windows = F.pad(self.x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # [N, C, H, W, 3, 3]
         a = self.x.new_empty(self.shape)
@@ -106,11 +151,9 @@ class Patches:
         return a
 
     def first(self, count: int) -> Patches:
-        """Those of the first `count` examples."""
         return Patches(self.x[:count], self.bias)
 
     def of(self, examples: Tensor) -> Patches:
-        """Those of some examples, by their places."""
         return Patches(self.x[examples], self.bias)
 
     def outer_sum(self, keep: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .capture import Batch
 from .layers import Block
-from .products import Patches, gram, outer_sum
+from .products import Patches, Unwritten, WithOne, gram, outer_sum
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 MODEL_ROWS = 250  # examples that the quadratic model uses at least, before it takes a quarter of the batch
@@ -28,11 +28,11 @@ MODEL_ROWS = 250  # examples that the quadratic model uses at least, before it t
 class Rows:
     """Curvature rows of one batch: (a, g) of each layer, with the same examples in dimension N; the batch's weight.
 
-    Those of an image may still be `Patches`, which every function here accepts. `vectors` is how many vectors lie side
+    The a may still be `Unwritten`, which every function here accepts. `vectors` is how many vectors lie side
     by side in N for every example, because inputs differ between them.
     """
 
-    layers: dict[Block, tuple[Any, Tensor]]  # a is a Tensor or Patches
+    layers: dict[Block, tuple[Any, Tensor]]  # a is a Tensor or Unwritten
     weight: Tensor
     vectors: int = 1
 
@@ -40,15 +40,20 @@ class Rows:
         """The same with all rows as tensors."""
         return Rows({block: (written(a), g) for block, (a, g) in self.layers.items()}, self.weight, self.vectors)
 
+    def kept(self) -> Rows:
+        """The same for later, when the loop may have written into a layer's input again; patches are not copied."""
+        layers = {block: (a.rows if isinstance(a, WithOne) else a, g) for block, (a, g) in self.layers.items()}
+        return Rows(layers, self.weight, self.vectors)
 
-def written(a: Tensor | Patches) -> Tensor:
+
+def written(a: Tensor | Unwritten) -> Tensor:
     """Rows a as a tensor."""
-    return a.rows if isinstance(a, Patches) else a
+    return a.rows if isinstance(a, Unwritten) else a
 
 
 def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
     """Send curvature vectors back through a batch's graph and bring every layer to rows of the same examples."""
-    calls: list[tuple[Block, Tensor | Patches, Tensor]] = []
+    calls: list[tuple[Block, Tensor | Unwritten, Tensor]] = []
     arrived = list(zip(*[batch.send_back(vector) for vector in vectors], strict=True))
     for index, call in enumerate(batch.calls):
         received, arrived[index] = arrived[index], ()  # a gradient of which only sums are needed is free after them
@@ -62,10 +67,10 @@ def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
     if not calls:
         return Rows({}, weight)
     usual, examples = _examples([(a, g) for _, a, g in calls], batch.size)
-    aligned: dict[Block, list[tuple[Tensor | Patches, Tensor]]] = {}
+    aligned: dict[Block, list[tuple[Tensor | Unwritten, Tensor]]] = {}
     for block, a, g in calls:
         aligned.setdefault(block, []).append(_align(a, g, usual, examples))
-    layers: dict[Block, tuple[Tensor | Patches, Tensor]] = {}
+    layers: dict[Block, tuple[Tensor | Unwritten, Tensor]] = {}
     for block, parts in aligned.items():
         if len(parts) == 1 and not block.unit:
             layers[block] = parts[0]
@@ -81,16 +86,17 @@ def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
     return Rows({block: _side_by_side(written(a), g) for block, (a, g) in layers.items()}, weight, len(vectors))
 
 
-def _batch_first(a: Tensor | Patches, g: Tensor, size: int) -> tuple[Tensor | Patches, Tensor]:
+def _batch_first(a: Tensor | Unwritten, g: Tensor, size: int) -> tuple[Tensor | Unwritten, Tensor]:
     """Rows of a call on [T, N, d], as attention and recurrent nets have it, with N before T; `size` is the output's."""
     n, t = g.shape[2:4]
     if isinstance(a, Patches) or n == 1 or n % size == 0 or t != size:
         return a, g
+    a = written(a)
     lead = 2 if _differs(a) else 1
     return a.transpose(lead, lead + 1), g.transpose(2, 3)
 
 
-def _examples(calls: Sequence[tuple[Tensor | Patches, Tensor]], size: int) -> tuple[int, int]:
+def _examples(calls: Sequence[tuple[Tensor | Unwritten, Tensor]], size: int) -> tuple[int, int]:
     """The usual size of dimension 0 over all calls, and the number of examples: what the calls that fit it share.
 
     Usual is `size`, that of the output, where a call has it.
@@ -102,7 +108,7 @@ def _examples(calls: Sequence[tuple[Tensor | Patches, Tensor]], size: int) -> tu
     return usual, math.gcd(*[g.shape[2] for a, g in calls if _fits(a, g, usual)])
 
 
-def _fits(a: Tensor | Patches, g: Tensor, usual: int) -> bool:
+def _fits(a: Tensor | Unwritten, g: Tensor, usual: int) -> bool:
     """Whether dimension 0 of a call is the batch, or the batch and positions in one."""
     n = g.shape[2]
     if _is_index(a) and g.shape[3] == 1:
@@ -110,13 +116,13 @@ def _fits(a: Tensor | Patches, g: Tensor, usual: int) -> bool:
     return n % usual == 0 or (n > 1 and usual % n == 0)
 
 
-def _align(a: Tensor | Patches, g: Tensor, usual: int, examples: int) -> tuple[Tensor | Patches, Tensor]:
+def _align(a: Tensor | Unwritten, g: Tensor, usual: int, examples: int) -> tuple[Tensor | Unwritten, Tensor]:
     """Rows of a call with `examples` in N.
 
     What all examples share (positions, a task's embedding) has one gradient, the sum over examples, and no rows of its
     own for each. Every example takes an equal part of its square, which keeps the expectation for drawn vectors.
     """
-    if isinstance(a, Patches):
+    if isinstance(a, Unwritten):
         if a.shape[1] == examples:
             return a, g
         a = a.rows
@@ -139,23 +145,26 @@ def _side_by_side(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return a.transpose(1, 2).flatten(1, 2), g.transpose(1, 2).flatten(1, 2)[:, None]
 
 
-def _is_index(a: Tensor | Patches) -> bool:
+def _is_index(a: Tensor | Unwritten) -> bool:
     return isinstance(a, Tensor) and a.dtype == torch.long
 
 
-def _differs(a: Tensor | Patches) -> bool:
+def _differs(a: Tensor | Unwritten) -> bool:
     """Whether inputs differ from vector to vector."""
     return len(a.shape) == 5
 
 
 def quarter(rows: Rows) -> Rows:
     """A quarter of the examples, at least `MODEL_ROWS`, scaled to stand for all."""
-    layers: dict[Block, tuple[Tensor | Patches, Tensor]] = {}
+    layers: dict[Block, tuple[Tensor | Unwritten, Tensor]] = {}
     for block, (a, g) in rows.layers.items():
         examples = a.shape[1]
         kept = min(examples, max(examples // rows.vectors // 4, MODEL_ROWS) * rows.vectors)
         if kept < examples:
-            a, g = a.first(kept) if isinstance(a, Patches) else a[:, :kept], g[:, :, :kept] * math.sqrt(examples / kept)
+            a, g = (
+                a.first(kept) if isinstance(a, Unwritten) else a[:, :kept],
+                g[:, :, :kept] * math.sqrt(examples / kept),
+            )
         layers[block] = (a, g)
     return Rows(layers, rows.weight, rows.vectors)
 
@@ -169,7 +178,10 @@ def thinned(rows: Rows, mask: Tensor | None, enough: int) -> tuple[Rows, Tensor 
     chosen = spread(n, stride)
     index = torch.tensor(chosen).to(rows.weight.device, non_blocking=True)
     layers = {
-        block: (a.of(index) if isinstance(a, Patches) else a[:, index], g[:, :, index].mul_(math.sqrt(n / len(chosen))))
+        block: (
+            a.of(index) if isinstance(a, Unwritten) else a[:, index],
+            g[:, :, index].mul_(math.sqrt(n / len(chosen))),
+        )
         for block, (a, g) in rows.layers.items()
     }
     if mask is not None and mask.numel() % n == 0:
@@ -185,7 +197,7 @@ def spread(count: int, stride: int) -> list[int]:
 
 
 def moments(
-    block: Block, a: Tensor | Patches, g: Tensor, mask: Tensor | None, vectors: int = 1
+    block: Block, a: Tensor | Unwritten, g: Tensor, mask: Tensor | None, vectors: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums that Kronecker factors are made of: of a a^T, how many rows that is, and of g g^T.
 
@@ -207,7 +219,7 @@ def moments(
         if alike and not block.reduce and not block.diagonal_a:
             kept = None if mask is None else mask.to(g.dtype).reshape(n)
             return a.outer_sum(kept), g.new_ones(()) * (n * t) if kept is None else kept.sum() * t, outer_g
-        a = a.rows
+    a = written(a)
     keep: Tensor | None = None
     if mask is not None and mask.numel() * vectors in (n, n * t):
         keep = mask.to(g.dtype).reshape(n // vectors, 1, -1).expand(-1, vectors, t).reshape(n, t)
@@ -230,7 +242,7 @@ def moments(
     return _second_moment(a.flatten(1, 2), block.diagonal_a, None if keep is None else keep.reshape(-1)), count, outer_g
 
 
-def _reduced(block: Block, a: Tensor | Patches) -> bool:
+def _reduced(block: Block, a: Tensor | Unwritten) -> bool:
     return block.reduce and a.shape[2] > 1
 
 
@@ -242,7 +254,7 @@ def _second_moment(rows: Tensor, diagonal: bool, mask: Tensor | None = None) -> 
 
 
 def squared_gradients(
-    a: Tensor | Patches,
+    a: Tensor | Unwritten,
     g: Tensor,
     size: int,
     basis_a: Tensor | None = None,
@@ -284,7 +296,9 @@ def _times(rows: Tensor, basis: Tensor) -> Tensor:
     return (rows.flatten(1, -2) @ basis).reshape(rows.shape)
 
 
-def row_products(a: Tensor | Patches, g: Tensor, directions: Sequence[Tensor] | Tensor, memory: int = 2**24) -> Tensor:
+def row_products(
+    a: Tensor | Unwritten, g: Tensor, directions: Sequence[Tensor] | Tensor, memory: int = 2**24
+) -> Tensor:
     """Inner products of rows with some directions, sum_t <g, V a>.
 
     Args:
@@ -298,6 +312,7 @@ def row_products(a: Tensor | Patches, g: Tensor, directions: Sequence[Tensor] | 
     """
     if isinstance(a, Patches):
         return a.products(g, directions)
+    a = written(a)
     if _is_index(a):
         columns = [(g[0] * direction[0].mT[a[0].clamp_min(0)]).sum((-2, -1)) for direction in directions]
         return torch.stack(columns, dim=-1).reshape(-1, len(directions))
@@ -318,7 +333,7 @@ def row_products(a: Tensor | Patches, g: Tensor, directions: Sequence[Tensor] | 
     return torch.stack(columns, dim=-1).reshape(-1, count)
 
 
-def row_times(a: Tensor | Patches, g: Tensor, s: Tensor, size: int) -> Tensor:
+def row_times(a: Tensor | Unwritten, g: Tensor, s: Tensor, size: int) -> Tensor:
     """Rows added up with a number each, sum over n and vectors of s g a^T: [K, d_out, d_in].
 
     Args:
@@ -334,7 +349,7 @@ def row_times(a: Tensor | Patches, g: Tensor, s: Tensor, size: int) -> Tensor:
     return weighted.flatten(1, 2).mT @ a.flatten(1, 2)
 
 
-def row_sums(a: Tensor | Patches, g: Tensor) -> tuple[Tensor, Tensor]:
+def row_sums(a: Tensor | Unwritten, g: Tensor) -> tuple[Tensor, Tensor]:
     """1^T a [K, N, T] and 1^T g [K, M, N, T]."""
     a = written(a)
     return (a >= 0).to(g.dtype) if _is_index(a) else a.sum(-1), g.sum(-1)

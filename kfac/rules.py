@@ -22,13 +22,14 @@ from .layers import Block
 class Problem:
     """What a rule works on. Lists run over the layers of this step; matrices are [K, d_out, d_in].
 
-    `groups` are the layers' parameter groups, `buffers` their "momentum_buffer" (zeros at first), `dampings` what is
-    added to their curvature, `solve` maps gradients to natural gradients in new tensors, `first_order` is the part of
-    the KL clip's quadratic form that parameters without a block add.
+    `gradients` are those of each layer's parameters, `groups` the layers' parameter groups, `buffers` their
+    "momentum_buffer" (zeros at first), `dampings` what is added to their curvature, `solve` maps gradients as matrices
+    to natural gradients in new tensors, `first_order` is the part of the KL clip's quadratic form that parameters
+    without a block add.
     """
 
     blocks: list[Block]
-    gradients: list[Tensor]
+    gradients: list[list[Tensor | None]]
     buffers: list[Tensor]
     groups: list[dict[str, Any]]
     solve: Callable[[list[Tensor]], list[Tensor]]
@@ -79,12 +80,13 @@ class FixedRule:
 
     def __call__(self, problem: Problem) -> Plan:
         groups = problem.groups
-        inputs = zip(problem.gradients, problem.buffers, groups, strict=True)
-        buffers = [torch.add(gradient, old, alpha=group["momentum"]) for gradient, old, group in inputs]
+        inputs = zip(problem.blocks, problem.gradients, problem.buffers, groups, strict=True)
+        buffers = [block.added(gradient, old, group["momentum"]) for block, gradient, old, group in inputs]
         directions = problem.solve(buffers)
+        along = [quadratic.dot(direction, buffer) for direction, buffer in zip(directions, buffers, strict=True)]
         form = problem.first_order.clone()
-        for direction, buffer, group in zip(directions, buffers, groups, strict=True):
-            form = form + group["lr"] ** 2 * quadratic.dot(direction, buffer).abs()
+        for product, group in zip(along, groups, strict=True):
+            form = form + group["lr"] ** 2 * product.abs()
         factor = torch.ones_like(form)
         if self.kl_clip is not None:
             factor = clip.kl_factor(form, self.kl_clip)
@@ -92,10 +94,10 @@ class FixedRule:
                 known = problem.room if self.room is None else self.room
                 self.room = torch.where(problem.finite, problem.room, known)
             if self.room is not None:
-                slopes = zip(directions, problem.gradients, groups, strict=True)
                 promise = torch.zeros_like(form)
-                for direction, gradient, group in slopes:
-                    promise = promise + group["lr"] * quadratic.dot(direction, gradient)
+                for product, direction, old, group in zip(along, directions, problem.buffers, groups, strict=True):
+                    slope = product - group["momentum"] * quadratic.dot(direction, old)  # <direction, gradient>
+                    promise = promise + group["lr"] * slope
                 tiny = torch.finfo(promise.dtype).tiny
                 factor = torch.minimum(factor, self.room.to(factor.dtype) / promise.abs().clamp_min(tiny))
         finite = problem.finite & factor.isfinite()
@@ -137,9 +139,10 @@ class SelfTuningRule:
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None
-        pairs = [(x.neg_(), last) for x, last in zip(problem.solve(problem.gradients), problem.buffers, strict=True)]
+        gradients = [block.matrix(g) for block, g in zip(problem.blocks, problem.gradients, strict=True)]
+        pairs = [(x.neg_(), last) for x, last in zip(problem.solve(gradients), problem.buffers, strict=True)]
         form = _gram(pairs, problem.dampings) + problem.form(dict(zip(problem.blocks, pairs, strict=True)))
-        slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, problem.gradients, strict=True)]
+        slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, gradients, strict=True)]
         slope = _totals(slopes)
         largest = form.new_ones(())
         if self.alpha_mean is not None:

@@ -380,3 +380,22 @@ def test_a_factor_of_rank_one_is_damped_exactly_where_it_is_zero(optimizer: Any)
     for name, module in layers.trained(problem.model).items():
         expected = layers.newton(problem, module, 1e-6)
         assert truth.relative_error(layers.moved(problem, name, moves), expected) < 1e-7, name
+
+
+@pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
+@pytest.mark.parametrize("lr", [1e-3, 1e-1])
+def test_the_fixed_rule_outlives_an_initialisation_whose_curvature_grows_a_thousandfold(optimizer, lr):
+    """A tanh autoencoder as torch draws it: nothing gets through at first, and the first inverses know of nothing."""
+    torch.manual_seed(0)
+    sizes = [64, 96, 48, 24, 6, 24, 48, 96, 64]
+    layers = [layer for i in range(8) for layer in (nn.Linear(sizes[i], sizes[i + 1]), nn.Tanh())][:-1]
+    model, criterion, x = nn.Sequential(*layers), nn.BCEWithLogitsLoss(), torch.rand(200, 64).pow(4)
+    tuned = optimizer(model, loss=criterion, lr=lr)
+    values = []
+    for _ in range(60):
+        loss = criterion(model(x), x)
+        loss.backward()
+        tuned.step()
+        tuned.zero_grad()
+        values.append(loss.item())
+    assert max(values) < 10 * values[0] and values[-1] < values[0]

@@ -17,10 +17,11 @@ def seeded():
 
 
 @pytest.mark.parametrize("d", [1, 7, products.BLOCK, products.BLOCK + 1, 3 * products.BLOCK - 5])
+@pytest.mark.parametrize("rows", [40, products.BLOCK + 40])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gram_equals_the_plain_product_and_is_symmetric(d, weighted):
-    x = torch.randn(2, 40, d, dtype=torch.float64)
-    weights = torch.rand(40, dtype=torch.float64) if weighted else None
+def test_gram_equals_the_plain_product_and_is_symmetric(d, rows, weighted):
+    x = torch.randn(2, rows, d, dtype=torch.float64)
+    weights = torch.rand(rows, dtype=torch.float64) if weighted else None
     actual = products.gram(x, weights)
     close(actual, x.mT @ (x if weights is None else weights[:, None] * x))
     close(actual, actual.mT)
@@ -58,3 +59,12 @@ def test_sum_of_outer_products_does_not_depend_on_the_layout(shape):
     flat = rows.flatten(1, 2)
     for stored in (rows, rows.mT.contiguous().mT):
         close(products.outer_sum(stored), flat.mT @ flat)
+
+
+def test_rows_with_a_one_are_those_of_the_chosen_examples():
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    a = F.pad(x, (0, 1), value=1.0)
+    rows, chosen = products.WithOne(x), torch.tensor([4, 0])
+    assert rows.shape == a.shape and torch.equal(rows.rows, a)
+    assert torch.equal(rows.first(2).rows, a[:, :2])
+    assert torch.equal(rows.of(chosen).rows, a[:, chosen])

@@ -235,3 +235,19 @@ def test_the_targets_are_not_for_the_taking(name: str) -> None:
     problem = build()
     start, _, end = train(problem, torch.optim.SGD(problem.model.parameters(), lr=0.01), 100, steps)
     assert end > share * start
+
+
+def test_a_loop_may_write_into_its_input_between_backward_and_step():
+    def step(overwrite: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, criterion = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 20)), nn.MSELoss()
+        inputs, targets = torch.randn(8, 6), torch.randn(8, 20)
+        optimizer = KFAC(model, loss=criterion)
+        criterion(model(inputs), targets).backward()
+        if overwrite:
+            inputs.fill_(3.0)
+        optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for kept, plain in zip(step(True), step(False), strict=True):
+        assert torch.equal(kept, plain)

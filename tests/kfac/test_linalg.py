@@ -1,0 +1,49 @@
+"""Damped inverses: large ones, made by quarters on a CPU, equal the plain inverse; a failure is noticed."""
+
+import pytest
+import torch
+
+from kfac import linalg
+
+SIZES = [1, 5, linalg.WHOLE, linalg.WHOLE + 1, 3 * linalg.WHOLE + 7]
+
+
+def positive(count: int, d: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Symmetric [K, d, d] with eigenvalues over three orders of magnitude, without a definite upper triangle."""
+    x = torch.randn(count, 2 * d, d, dtype=torch.float64) * torch.logspace(0, -1.5, d, dtype=torch.float64)
+    return (x.mT @ x / (2 * d)).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_damped_inverse_is_that_of_the_lower_triangle(count, d):
+    matrix, damping = positive(count, d), torch.rand(count, dtype=torch.float64) * 1e-2
+    lower = matrix.tril() + torch.full_like(matrix, 7.0).triu(1)
+    inverse, good = linalg.damped_inverse(lower, damping)
+    expected = torch.linalg.inv(matrix + damping[:, None, None] * torch.eye(d, dtype=torch.float64))
+    assert good
+    torch.testing.assert_close(inverse, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("d", SIZES[-2:])
+def test_by_quarters_is_as_accurate_as_lapack_in_single_precision(d):
+    matrix, damping = positive(1, d, torch.float32), torch.tensor([1e-4])
+    exact = torch.linalg.inv(matrix.double() + 1e-4 * torch.eye(d, dtype=torch.float64))
+    lapack = torch.cholesky_inverse(torch.linalg.cholesky(matrix + 1e-4 * torch.eye(d)))
+    error = (linalg.damped_inverse(matrix, damping)[0] - exact).norm()
+    assert error <= 4 * (lapack - exact).norm()
+
+
+@pytest.mark.parametrize("d", SIZES[1:])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_factor_that_is_not_positive_is_noticed_wherever_that_shows(d, place):
+    matrix = positive(1, d)
+    matrix[0, place, place] = -1.0
+    assert not linalg.damped_inverse(matrix, torch.zeros(1, dtype=torch.float64))[1]
+    matrix[0, place, place] = torch.nan
+    assert not linalg.damped_inverse(matrix, torch.zeros(1, dtype=torch.float64))[1]
