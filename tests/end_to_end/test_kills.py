@@ -194,8 +194,8 @@ def test_a_trainer_whose_dvc_was_killed_ends_and_the_next_goes_on(study: Workspa
     for parent in trainer.parents()[:-1]:
         if any(Path(word).name == "dvc" for word in parent.cmdline()[:3]):
             parent.kill()
-    printed = workspace.run("dvc", "repro", "train@digits_cnn-sgd")  # at once: it waits for the orphan
     process.wait()
+    printed = workspace.run("dvc", "repro", "train@digits_cnn-sgd")  # at once: it waits for the orphan
     assert "goes on from step" in printed or "was over before" in printed
     assert not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE
     assert records(workspace, "sgd") == undisturbed(study, "sgd", tmp_path / "undisturbed")[0]
