@@ -105,6 +105,11 @@ class Classes:
             for files in classes.values():
                 yield from files.values()
 
+    def complete(self, known: ImageSet) -> bool:
+        """Whether nothing can be missing: the order lists and as many images as the set has."""
+        images = sum(len(files) for classes in self.images.values() for files in classes.values())
+        return self.order.keys() == set(PARTS) and images >= sum(map(sum, known.counts.values()))
+
     def belong_to(self, known: ImageSet) -> bool:
         """Whether at least half of the class names are the set's."""
         names = {name for classes in self.images.values() for name in classes}
@@ -288,12 +293,13 @@ def _decode(entry: Entry, known: ImageSet, target: np.ndarray) -> str:
 
 
 def from_archives(archives: list[Path], known: ImageSet) -> Reading | None:
-    """The set from one or several tars: official files where there are any, else class folders, over all archives.
+    """The set from one or several tars, by name until it is complete: official files where there are any, else class
+    folders, over all archives.
 
     Nothing is unpacked to disk, yet every member passes the filter that refuses paths out of the folder and devices.
     """
     official: dict[str, Entry] = {}
-    found: dict[str, Classes] = {}
+    found: dict[str, Classes] = {}  # by folder
     for archive in archives:
         for name, content in _members(archive):
             path, where = PurePosixPath(name), f"{archive}:{name}"
@@ -306,20 +312,27 @@ def from_archives(archives: list[Path], known: ImageSet) -> Reading | None:
                 part, name = path.parts[-3:-1]
                 image = _in_memory(where, content() if name in known.classes else b"")
                 found.setdefault(str(path.parents[2]), Classes()).add(part, name, path.name, image)
+        whole = _together([each for each in found.values() if each.belong_to(known)])
+        if len(official) == len(known.file_names) or whole.complete(known):
+            break
     if official:
         return official_files(official, known, ", ".join(map(str, archives)))
-    whole = Classes()
-    for each in found.values():  # the parts of a set may lie in folders of their own
-        if each.belong_to(known):
-            whole.order.update(each.order)
-            for part, classes in each.images.items():
-                for name, files in classes.items():
-                    for file, entry in files.items():
-                        whole.add(part, name, file, entry)
     if not whole.belong_to(known):
         return None
     sources = sorted({entry.where.partition(":")[0] for entry in whole.entries()})
     return class_images(whole, known, f"{', '.join(sources)}:", "tar archives")
+
+
+def _together(parts_of_a_set: list[Classes]) -> Classes:
+    """The images of several folders as those of one."""
+    whole = Classes()
+    for each in parts_of_a_set:
+        whole.order.update(each.order)
+        for part, classes in each.images.items():
+            for name, files in classes.items():
+                for file, entry in files.items():
+                    whole.add(part, name, file, entry)
+    return whole
 
 
 def _in_memory(where: str, data: bytes) -> Entry:

@@ -84,6 +84,7 @@ class Tracker:
         tags = {
             "status": "running",
             "configuration": configuration_hash(config),
+            "seed": str(seed),
             PROCESS_TAG: json.dumps({"machine": socket.gethostname(), **described_process()}),
             "comparability": comparability.text(comparability.key(config, environment)),
             views.GROUP_TAG: self._optimizer,
@@ -218,9 +219,9 @@ class Tracker:
             self._store.end_as_killed(self.run_id)
 
     def _replace_older(self) -> None:
-        condition = f"tags.configuration = '{self._configuration}' and params.seed = '{self._seed}'"
-        for run in self._store.runs(self._experiment, condition):
-            if run.info.run_id != self.run_id:
+        for run in self._store.runs(self._experiment, f"tags.configuration = '{self._configuration}'"):
+            seed = run.data.params.get("seed", run.data.tags.get("seed"))  # killed at its start it has no parameters
+            if seed == str(self._seed) and run.info.run_id != self.run_id:
                 self._store.client.delete_run(run.info.run_id)
 
     def _send(self) -> None:

@@ -153,6 +153,8 @@ def test_validation_of_the_whole_file_imports_neither_torch_nor_mlflow() -> None
         ("channels_last", 1, ["channels_last", "1", "true or false"]),
         ("deterministic", None, ["deterministic", "null", "true or false"]),
         ("diagnostics", "lite", ["diagnostics", "light"]),
+        ("image_folder", 3, ["image_folder", "the path of a folder, or null"]),
+        ("image_folder", ..., ["image_folder: is missing"]),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line(committed: dict[str, Any], path: str, value: Any, words: list[str]) -> None:
@@ -165,8 +167,34 @@ def test_a_bad_value_is_refused_in_one_line(committed: dict[str, Any], path: str
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source": "cifar"}, ["images.digits_cnn.source: 'cifar'", "nearest: cifar10"]),
+        ({"test": 0.1}, ["images.digits_cnn.test: unknown", "valid: augmentation, examples,"]),
+        ({"augmentation": "crop"}, ["images.digits_cnn.augmentation", "nearest: crop_flip"]),
+        ({"examples": 0}, ["images.digits_cnn.examples", "an integer >= 1, or null"]),
+        ({"examples": 99}, ["images.digits_cnn.examples: 99", "expected 100 to 50000"]),
+        ({"examples": 60_000}, ["images.digits_cnn.examples: 60000", "expected 100 to 50000"]),
+        ({"source": "cifar100", "examples": 500}, ["expected 1000 to 50000"]),
+        ({"validation": 1.0}, ["images.digits_cnn.validation", "> 0 and < 1"]),
+    ],
+)
+def test_a_bad_value_of_an_image_set_is_refused_in_one_line(
+    committed: dict[str, Any], change: dict[str, Any], words: list[str]
+) -> None:
+    good = {"source": "cifar10", "task": "classification", "validation": 0.1, "examples": 100, "augmentation": "none"}
+    view(changed(committed, "images.digits_cnn", {**good, "split_seed": 0}))
+    with pytest.raises(ConfigError) as refusal:
+        view(changed(committed, "images.digits_cnn", {**good, "split_seed": 0, **change}))
+    for word in words:
+        assert word in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
     ("path", "value"),
     [
+        ("image_folder", "~/images"),
         ("optimizer.sgd.lr", 0.03),
         ("optimizer.sgd.lr", {name: 0.1 for name in ("toy_linear", "toy_mlp", "digits_autoencoder", "digits_cnn")}),
         ("optimizer.sgd.training", ...),

@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,8 +185,14 @@ def test_one_archive_of_two_is_named_as_incomplete(tmp_path: Path) -> None:
 
 def test_an_image_that_is_in_two_archives_is_named(tmp_path: Path) -> None:
     halves(CIFAR, tmp_path, tmp_path / ".unpacked")
-    (tmp_path / "half-2.tar.gz").write_bytes((tmp_path / "half-1.tar.gz").read_bytes())
-    assert "half-2.tar.gz:cifar10/test/dog/0000.png: is there twice" in refusal(tmp_path)
+    (tmp_path / "half-00.tar.gz").write_bytes((tmp_path / "half-0.tar.gz").read_bytes())
+    assert "half-00.tar.gz:cifar10/test/airplane/0000.png: is there twice" in refusal(tmp_path)
+
+
+def test_archives_after_those_that_make_the_set_whole_are_not_read(tmp_path: Path) -> None:
+    halves(CIFAR, tmp_path, tmp_path / ".unpacked")
+    (tmp_path / "other.tar.gz").write_text("no archive")
+    assert read(tmp_path, CIFAR) is not None
 
 
 @pytest.mark.parametrize("damage", [cut_off, lambda path: path.write_text("no archive")])
@@ -218,8 +225,6 @@ def test_an_official_file_that_is_missing_or_altered_is_named(tmp_path: Path, na
 
 
 def test_official_files_of_a_wrong_count_are_named(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     known = official(CIFAR, tmp_path)
     other = replace(known, counts={"train": (5, 3, *known.counts["train"][2:]), "test": known.counts["test"]})
     assert "the train files have 40 images" in refusal(tmp_path, other)

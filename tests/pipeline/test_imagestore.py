@@ -19,11 +19,14 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Listener, a_run
 from small_sets import CIFAR, DIGITS, arrays, class_folders, official
 
-from pipeline import data, download, imagestore, prepare
+from pipeline import data, download, imagestore, models, prepare
 from pipeline.checks import ConfigError
 from pipeline.imagesets import SETS, ImageSet
+from pipeline.loop import Training
+from pipeline.records import is_measured
 
 ROOT = Path(__file__).parents[2]
 SOURCE: dict[str, Any] = {
@@ -123,6 +126,26 @@ def test_a_subset_has_every_class_in_its_share_to_the_nearest_example(count: int
     for label, size in enumerate((100, 40, 20)):
         assert abs(found[label] - count * size / 160) <= 1
     assert count == 160 or rows != prepare.subset(classes, count, 1)
+
+
+@pytest.mark.parametrize("task", ["classification", "autoencoder"])
+def test_a_network_trains_on_a_set_to_the_same_numbers_each_time(workspace: Path, task: str) -> None:
+    loaded = prepared(workspace, task=task)
+    model = {"name": "cnn", "channels": [4], "activation": "relu", "batch_norm": False}
+    if task == "autoencoder":
+        model = {"name": "autoencoder", "widths": [8], "activation": "tanh"}
+    loss = "cross_entropy" if task == "classification" else "binary_cross_entropy"
+    run = a_run(loss=loss, options={"lr": 0.05}, diagnostics="light", model=model)
+
+    def train() -> list[dict[str, Any]]:
+        network = models.build({**model, "init": "default", "gain": 1.0}, loaded.input_shape, loaded.outputs, 0)
+        outcome = Training(run, loaded, 0, network).train(Listener())
+        assert outcome.summary["status"] == "finished" and outcome.summary["test_score"] is not None
+        return [{k: v for k, v in row.items() if not is_measured(k)} for row in [*outcome.history, *outcome.curvature]]
+
+    first = train()
+    assert first == train()
+    assert first[4]["train_loss"] < first[0]["train_loss"]
 
 
 # ---------------------------------------------------------------- lost, damaged, at once

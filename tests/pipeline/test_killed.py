@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from runs import a_network, a_run, some_data
 
 from pipeline import data, models, records, tracking
@@ -309,6 +310,29 @@ def test_a_store_that_was_emptied_between_two_lives_gets_the_whole_run(
     process.kill()
     process.join()
     (root / "mlflow.db").write_bytes(new_store.read_bytes())
+    assert ended(in_child(root, run)) == 0
+    check_store(root, run, monkeypatch)
+
+
+@pytest.mark.parametrize("moment", ["create_run", "log_batch", "set_terminated", "delete_run", "label"])
+@pytest.mark.slow
+def test_killed_between_two_calls_to_mlflow_leaves_no_run_behind(
+    moment: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_stage("sgd", seeds=[0], steps=32)
+
+    def die_after_it() -> None:
+        place = tracking.Store if moment == "label" else MlflowClient
+        call = getattr(place, moment)
+
+        def dying(*arguments: Any, **options: Any) -> None:
+            call(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(place, moment, dying)
+
+    for _ in range(2):
+        assert ended(in_child(root, run, die_after_it)) in (0, -signal.SIGKILL)
     assert ended(in_child(root, run)) == 0
     check_store(root, run, monkeypatch)
 
