@@ -60,12 +60,15 @@ def root() -> Path:
 
 
 def _code(target: type) -> dict[str, str]:
-    """Checksums of the files that the stage `train` depends on, and of the one that defines the optimizer."""
+    """Checksums of the files that the stage `train` depends on (without a dvc.yaml: of all code), and of the one that
+    defines the optimizer."""
     from ruamel.yaml import YAML
 
     tree = Path(__file__).parents[1]
-    stages = YAML(typ="safe", pure=True).load(tree / "dvc.yaml")["stages"]
-    named = [tree / name for name in stages["train"]["deps"] if not name.startswith("data/")]
+    named = [tree / "kfac", tree / "pipeline"]
+    if (tree / "dvc.yaml").is_file():
+        stages = YAML(typ="safe", pure=True).load(tree / "dvc.yaml")["stages"]
+        named = [tree / name for name in stages["train"]["deps"] if not name.startswith("data/")]
     files = {file for path in named for file in ([path] if path.is_file() else path.rglob("*.py"))}
     checksums = {str(file.relative_to(tree)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     defined = getattr(sys.modules[target.__module__], "__file__", None)

@@ -78,6 +78,8 @@ def in_child(
         os.environ["DVC_ROOT"] = str(root)
         os.chdir(root)
         atexit._clear()  # what the parent registered
+        for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in the background
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if not tracked:
             tracking.start = lambda *_: Untracked()  # type: ignore[assignment]
             tracking.complete = lambda folder: None
