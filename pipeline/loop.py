@@ -40,6 +40,7 @@ from pipeline.seeds import number, random_states, set_random_states
 DIVERGED_FACTOR = 10.0
 DIVERGED_EVALUATIONS = 5
 _REHEARSAL_STEPS = 2
+_RISES = 6  # of a growing batch
 
 
 class Tracker(Protocol):
@@ -377,11 +378,12 @@ class Order:
 
 def batch_size(run: RunConfig, seen: int, examples: int) -> int:
     """Size of the next batch after ``seen`` examples of a split of ``examples``: constant, or growing exponentially
-    over the first ``over_epochs`` epochs."""
+    over the first ``over_epochs`` epochs, by a few rises: a shape that is new costs compiled kernels some time."""
     size = run.batch_size
     if isinstance(size, int):
         return size
     share = min(1.0, seen / (examples * size["over_epochs"]))
+    share = round(share * _RISES) / _RISES
     return round(size["from"] * (size["to"] / size["from"]) ** share)
 
 
