@@ -19,7 +19,9 @@ from pipeline.verdicts import Profile, Speedup
 
 Chart = dict[str, Any]
 _POINTS = 160  # of a curve, at most
+_QUANTITIES = {"steps": "step", "seconds": "seconds"}  # of a summary, for each clock
 _FAR = 1e3  # times the upper limit: where infinity is drawn
+_MARKS = {"●": "circle", "◆": "diamond", "■": "square"}  # of references
 _NEUTRAL = "#8a8f98"  # readable on both grounds
 
 
@@ -43,7 +45,7 @@ def loss(pairs: Mapping[str, Sequence[Run]], clock: str) -> Chart:
     traces: list[Chart] = []
     for name, curve in drawn.items():
         traces += _curve(name, curve, high * _FAR)
-    end = max((curve.x[-1] for curve in drawn.values() if curve.x), default=1.0)
+    end = max((_interesting(pairs[name], curve, clock) for name, curve in drawn.items()), default=1.0)
     return {
         "data": traces,
         "layout": {
@@ -59,10 +61,15 @@ def loss(pairs: Mapping[str, Sequence[Run]], clock: str) -> Chart:
     }  # fmt: skip
 
 
+def _interesting(runs: Sequence[Run], curve: curves.Curve, clock: str) -> float:
+    """Where a curve may leave the picture: some way behind the hard target, or at its end."""
+    times = [statistics.to_target(run.summary, "hard", _QUANTITIES[clock]) for run in runs]
+    return min(1.3 * max(times), curve.x[-1] if curve.x else 0.0)
+
+
 def seeds(pairs: Mapping[str, Sequence[Run]], clock: str) -> Chart:
     """Every seed's time to the hard target; at the right edge, open, the seeds that did not get there."""
-    quantity = {"steps": "step", "seconds": "seconds"}[clock]
-    names = statistics.ordered(pairs)
+    names, quantity = statistics.ordered(pairs), _QUANTITIES[clock]
     times = {name: [statistics.to_target(run.summary, "hard", quantity) for run in pairs[name]] for name in names}
     known = [value for values in times.values() for value in values if 0 < value < math.inf]
     low, high = (min(known), max(known)) if known else (1.0, 10.0)
@@ -102,7 +109,7 @@ def phases(costs: Mapping[str, Mapping[str, float]], words: str) -> Chart:
     traces = [
         {
             "type": "bar", "orientation": "h", "legendgroup": f"phase:{phase}", "name": PHASES[phase][0], "y": names,
-            "x": [_short(costs[name].get(phase, 0.0)) for name in names], "showlegend": True,
+            "x": [_short(costs[name].get(phase, 0.0)) for name in names],
             "hovertemplate": f"%{{y}}, {PHASES[phase][0]}: %{{x:.3g}}<extra></extra>",
         }
         for phase in used
@@ -110,11 +117,11 @@ def phases(costs: Mapping[str, Mapping[str, float]], words: str) -> Chart:
     return {
         "data": traces,
         "layout": {
-            "barmode": "stack", "bargap": 0.35, "showlegend": True,
+            "barmode": "stack", "bargap": 0.35,
             "xaxis": {"title": {"text": words}, "nticks": 6, "rangemode": "tozero"},
             "yaxis": {"autorange": "reversed", "showgrid": False, "type": "category"},
         },
-        "height": 130 + 26 * len(names),
+        "height": 96 + 26 * len(names),
     }  # fmt: skip
 
 
@@ -173,7 +180,7 @@ def profile(profiles: Sequence[Profile], clock: str) -> Chart:
 def speedup(found: Sequence[Speedup], clock: str) -> Chart | None:
     """Speed-up over each reference with its interval; None where there is none."""
     own = [each for each in found if each.clock == clock and each.ratio]
-    references = list(dict.fromkeys(each.reference for each in own))
+    references = _references(found)
     names = statistics.ordered({each.optimizer for each in own})
     if not own:
         return None
@@ -188,7 +195,7 @@ def speedup(found: Sequence[Speedup], clock: str) -> Chart | None:
             "y": [names.index(each.optimizer) + 0.36 * (place - (len(references) - 1) / 2)],
             "error_x": {"type": "data", "symmetric": False, "array": [_short(ratio.high - ratio.estimate)],
                         "arrayminus": [_short(ratio.estimate - ratio.low)], "thickness": 2, "width": 4},
-            "marker": {"symbol": ["circle", "diamond", "square"][place % 3], "size": 10},
+            "marker": {"symbol": list(_MARKS.values())[place % len(_MARKS)], "size": 10},
             "text": [f"{each.optimizer} over {each.reference}"],
             "hovertemplate": f"%{{text}}: %{{x:.3g}} [{ratio.low:.3g}, {ratio.high:.3g}]<extra></extra>",
         })  # fmt: skip
@@ -197,7 +204,7 @@ def speedup(found: Sequence[Speedup], clock: str) -> Chart | None:
     return {
         "data": traces,
         "layout": {
-            "xaxis": {"title": {"text": f"speed-up in {clock} ({', '.join(_marked(references))})"}, **_log(low, high)},
+            "xaxis": {"title": {"text": f"speed-up in {clock}"}, **_log(low, high)},
             "yaxis": {"range": [len(names) - 0.5, -0.5], "tickvals": list(range(len(names))), "ticktext": names,
                       "showgrid": False, "zeroline": False},
             "shapes": [_line(x0=1, x1=1, yref="paper", y0=0, y1=1)],
@@ -206,19 +213,28 @@ def speedup(found: Sequence[Speedup], clock: str) -> Chart | None:
     }  # fmt: skip
 
 
-def budget(curves_by_optimizer: Mapping[str, Sequence[Mapping[str, Any]]]) -> Chart:
-    """Expected best of so many trials: optimizer -> [{trials, expected}]."""
+def marks(found: Sequence[Speedup]) -> str:
+    """Which mark stands for which reference."""
+    return ", ".join(f"{mark} over {name}" for mark, name in zip(_MARKS, _references(found), strict=False))
+
+
+def _references(found: Sequence[Speedup]) -> list[str]:
+    return statistics.ordered({each.reference for each in found if each.ratio})
+
+
+def budget(tuned: Mapping[str, Mapping[str, Any]]) -> Chart:
+    """Expected best of so many trials: optimizer -> the file of its trials."""
+    found = {name: [point for point in tuned[name]["budget_curve"] if point["expected"]] for name in tuned}
     traces = [
         {
             "type": "scatter", "mode": "lines+markers", "legendgroup": name, "name": name, "marker": {"size": 5},
-            "x": [point["trials"] for point in curves_by_optimizer[name]],
-            "y": _shorts([point["expected"] for point in curves_by_optimizer[name]]),
+            "x": [point["trials"] for point in found[name]],
+            "y": _shorts([point["expected"] for point in found[name]]),
             "hovertemplate": f"{name}, %{{x}} trials: %{{y:.3g}} s<extra></extra>",
         }
-        for name in statistics.ordered(curves_by_optimizer)
+        for name in statistics.ordered(found) if found[name]
     ]  # fmt: skip
-    expected = [float(point["expected"]) for points in curves_by_optimizer.values() for point in points]
-    values = [value for value in expected if 0 < value < math.inf]
+    values = [float(point["expected"]) for points in found.values() for point in points]
     return {
         "data": traces,
         "layout": {
@@ -275,10 +291,6 @@ def _log(low: float, high: float, up_to: float = math.inf) -> dict[str, Any]:
 
 def _line(**where: Any) -> dict[str, Any]:
     return {"type": "line", "layer": "below", "line": {"color": _NEUTRAL, "dash": "dash", "width": 1}, **where}
-
-
-def _marked(references: Sequence[str]) -> list[str]:
-    return [f"{mark} over {name}" for mark, name in zip("●◆■●◆■", references, strict=False)]
 
 
 def _when(run: Run, value: float) -> str:

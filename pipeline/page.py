@@ -24,10 +24,9 @@ from pipeline.curves import Study
 from pipeline.evidence import Evidence
 from pipeline.records import Run
 from pipeline.tables import DASH, Table, number, plural
-from pipeline.verdicts import CLOCKS, Outcome, Verdicts
+from pipeline.verdicts import ALL, CLOCKS, Outcome, Verdicts
 
 TEMPLATES = Path(__file__).parent / "templates"
-HEADLINES = 6  # sentences that stand open; the others are a click away
 _LOOP = ("batch_size", "averaging", "warmup", "schedule")  # settings of an optimizer's training beside its own
 _COSTS = {"milliseconds_per_step_median": 3, "step_time_ratio_to_sgd": 2, "peak_memory_mib_median": 3}  # and digits
 _RATIOS = ("steps", "cost", "seconds")
@@ -62,7 +61,7 @@ def html(report: Report) -> str:
         costs = charts.relative_cost(report.study, reference)
         drawn["cost"] = charts.phases(costs, f"cost of a step, in steps of {reference}")
     for benchmark, tuned in report.evidence.tuning.items():
-        drawn[f"tuning-{benchmark}"] = charts.budget({name: found["budget_curve"] for name, found in tuned.items()})
+        drawn[f"tuning-{benchmark}"] = charts.budget(tuned)
     drawn = {name: chart for name, chart in drawn.items() if chart and chart["data"]}
     names = statistics.ordered({name for pairs in report.study.values() for name in pairs})
     palette = {name: list(looks.on_light_and_dark(name)) for name in names}
@@ -70,6 +69,9 @@ def html(report: Report) -> str:
     return _template("index.html").render(
         **_common(report),
         optimizers=names,
+        marks=charts.marks(report.verdicts.speedups),
+        phases={phase: words for phase, (words, *_) in looks.PHASES.items()},
+        pooled=[each for each in report.verdicts.comparisons if each.benchmark == ALL],
         palette=palette,
         glance=[_glance(report, target) for target in reversed(TARGETS)],
         benchmarks=[_benchmark(report, name) for name in report.study],
@@ -101,6 +103,7 @@ def markdown(report: Report, pictures: Iterable[str]) -> str:
 
 def _template(name: str) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -111,6 +114,8 @@ def _template(name: str) -> Any:
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": number, "percent": lambda share: f"{share:.0%}", "times": _times}
+    environment.filters["breakable"] = lambda name: Markup(str(escape(name)).replace("_", "_<wbr>"))
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     return environment.get_template(f"{name}.j2")
 
 
@@ -121,7 +126,7 @@ def _common(report: Report) -> dict[str, Any]:
     unfinished = [run for run in runs if not statistics.finished(run.summary)]
     return {
         "verdicts": report.verdicts,
-        "headlines": HEADLINES,
+        **_sentences(report),
         "names": list(report.study),
         "compared": statistics.ordered({run.summary["optimizer"] for run in runs}),
         "seeds": seeds,
@@ -135,6 +140,22 @@ def _common(report: Report) -> dict[str, Any]:
         "untuned": list(_untuned(report)),
         "coverage_table": _coverage(report.evidence.coverage),
         "plural": plural,
+    }
+
+
+def _sentences(report: Report) -> dict[str, Any]:
+    """The sentences on the whole study, by the clock that they speak of, and those on single benchmarks."""
+    names = list(report.study)
+    of_one = {name: [each for each in report.verdicts.sentences if name in each] for name in names if len(names) > 1}
+    single = {each for sentences in of_one.values() for each in sentences}
+    over_all = [each for each in report.verdicts.sentences if each not in single]
+    return {
+        "over_all": {
+            clock: [each for each in over_all if (clock in each) and not (clock == "steps" and "seconds" in each)]
+            for clock in CLOCKS
+        },
+        "general": [each for each in over_all if not any(clock in each for clock in CLOCKS)],
+        "of_one": of_one,
     }
 
 
@@ -167,15 +188,32 @@ def _glance(report: Report, target: str) -> dict[str, Any]:
 
 def _glanced(outcome: Outcome | None, row: Mapping[str, Any] | None, best: float | None) -> dict[str, Any]:
     if outcome is None or row is None:
-        return {"text": DASH, "sort": "", "factor": None, "note": "not in this study"}
+        return {
+            "text": DASH,
+            "sort": "inf",
+            "factor": None,
+            "reached": "",
+            "note": "not run, or initial weights meet the target",
+        }
     reached = f"{outcome.reached} of {outcome.seeds} seeds reached it"
     if outcome.median is None or not best:
         text = tables.missed(row) if outcome.clock == "steps" else DASH
-        return {"text": text, "sort": "inf", "factor": None, "note": reached}
-    text = f"{outcome.median:g}" if outcome.clock == "steps" else number(outcome.median)
-    if outcome.reached < outcome.seeds:
-        text += f" ({outcome.reached}/{outcome.seeds})"
-    return {"text": text, "sort": outcome.median, "factor": outcome.median / best, "note": f"{reached}{_of(outcome)}"}
+        return {"text": text, "sort": "inf", "factor": None, "note": reached, "reached": _reached(outcome)}
+    return {
+        "text": _time(outcome),
+        "sort": outcome.median,
+        "factor": outcome.median / best,
+        "note": f"{reached}{_of(outcome)}",
+        "reached": "" if outcome.reached == outcome.seeds else _reached(outcome),
+    }
+
+
+def _reached(outcome: Outcome) -> str:
+    return f"{outcome.reached}/{outcome.seeds}"
+
+
+def _time(outcome: Outcome) -> str:
+    return f"{outcome.median:g}" if outcome.clock == "steps" else number(outcome.median)
 
 
 def _of(outcome: Outcome) -> str:
@@ -195,13 +233,16 @@ def _benchmark(report: Report, benchmark: str) -> dict[str, Any]:
     return {
         "name": benchmark,
         "caption": tables.caption(block).partition(": ")[2],
+        "sentences": _sentences(report)["of_one"].get(benchmark, []),
         "leaders": [leader for clock in CLOCKS if (leader := _leader(report, benchmark, clock))],
         "score": "excess loss" if any(row["excess_loss_median"] is not None for row in block) else "test score",
         "lines": [_pair(row, outcomes, pairs[row["optimizer"]][0].config) for row in block],
         "comparisons": [each for each in report.verdicts.comparisons if each.benchmark == benchmark],
         "remarks": tables.remarks(block),
         "curvature": [
-            {"chart": f"{benchmark}-curvature-{name}", "words": words} for name, (words, _) in looks.CURVATURE.items()
+            {"chart": f"{benchmark}-curvature-{name}", "words": words}
+            for name, (words, _) in looks.CURVATURE.items()
+            if any(row["quantity"] == name for runs in pairs.values() for run in runs for row in run.curvature)
         ],
         "pictures": list(_pictures(pairs)),
     }
@@ -216,17 +257,16 @@ def _leader(report: Report, benchmark: str, clock: str) -> str:
     if not own:
         return ""
     least = min(own, key=lambda each: each.median or math.inf)
-    assert least.median is not None
-    time = f"{least.median:g} steps" if clock == "steps" else f"{number(least.median)} s"
-    return f"{least.optimizer} {time}"
+    return (
+        f"fewest steps {least.optimizer} {_time(least)}"
+        if clock == "steps"
+        else (f"least time {least.optimizer} {_time(least)} s")
+    )
 
 
 def _pair(row: Mapping[str, Any], outcomes: Mapping[Any, Outcome], config: Mapping[str, Any]) -> dict[str, Any]:
     final = "excess_loss" if row["excess_loss_median"] is not None else "test_score"
-    cells = [
-        _cell(number(row[f"{quantity}_median"]) if row["finished"] else tables.missed(row), row[f"{quantity}_median"])
-        for quantity in ("train_loss", "validation_loss", "test_loss", final)
-    ]
+    cells = []
     for target in reversed(TARGETS):
         reached, *ranges = tables.reaching(row, target)
         cells.append(_cell(reached, row[f"reached_{target}"]))
@@ -234,6 +274,10 @@ def _pair(row: Mapping[str, Any], outcomes: Mapping[Any, Outcome], config: Mappi
             outcome = outcomes.get((row["benchmark"], row["optimizer"], target, clock))
             cells.append(_cell(_timed(outcome, text), outcome.median if outcome else None))
     cells += [_cell(number(row[name], digits), row[name]) for name, digits in _COSTS.items()]
+    cells += [
+        _cell(number(row[f"{quantity}_median"]) if row["finished"] else tables.missed(row), row[f"{quantity}_median"])
+        for quantity in ("train_loss", "validation_loss", "test_loss", final)
+    ]
     settings = {key: value for key, value in config["options"].items() if value is not None}
     settings |= {key: config[key] for key in _LOOP if config.get(key) is not None}
     return {
@@ -252,8 +296,7 @@ def _timed(outcome: Outcome | None, ranged: str) -> str:
     """The median with its interval in brackets; without one with the smallest and largest seed in braces."""
     if outcome is None or outcome.median is None or outcome.interval is None:
         return ranged.replace("[", "{").replace("]", "}")
-    middle = f"{outcome.median:g}" if outcome.clock == "steps" else number(outcome.median)
-    return f"{middle} [{number(outcome.interval.low)}{DASH}{number(outcome.interval.high)}]"
+    return f"{_time(outcome)} [{number(outcome.interval.low)}{DASH}{number(outcome.interval.high)}]"
 
 
 def _pictures(pairs: Mapping[str, Sequence[Run]]) -> Iterator[dict[str, str]]:
@@ -380,12 +423,12 @@ def _dates(runs: Iterable[Run]) -> str:
 
 
 def _data(benchmark: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    examples = ", ".join(f"{count} {part}" for part, count in manifest["examples"].items())
+    examples = " / ".join(f"{count}" for count in manifest["examples"].values())
     return {"benchmark": benchmark, "examples": examples, "sha256": manifest["sha256"]}
 
 
 def _times(value: float | None) -> str:
-    return DASH if value is None else f"{number(value, 2 if value < 10 else 3)}\N{MULTIPLICATION SIGN}"
+    return DASH if value is None else f"{number(value, 3 if value < 1.1 or value >= 10 else 2)}\N{MULTIPLICATION SIGN}"
 
 
 def _value(value: Any) -> str:

@@ -53,7 +53,7 @@ def profiles(found: Sequence[Profile]) -> Figure:
 def speedups(found: Sequence[Speedup]) -> Figure:
     """Geometric mean of the speed-up over each reference, with its interval."""
     names = ordered({each.optimizer for each in found})
-    references = list(dict.fromkeys(each.reference for each in found))
+    references = ordered({each.reference for each in found})
     figure = Figure(figsize=(8.4, 1.0 + 0.2 * len(names) * (1 + len(references))), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, clock in zip(axes, CLOCKS, strict=True):

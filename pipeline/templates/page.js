@@ -20,7 +20,7 @@ function plotly() {
 
 function traces(chart) {
   return chart.data.filter((trace) => !hidden.has(trace.legendgroup)).map((trace) => {
-    const own = colour(trace.legendgroup), painted = { showlegend: false, ...trace };
+    const own = colour(trace.legendgroup), painted = { ...trace };
     if (trace.fill) return { ...painted, fillcolor: own + (dark() ? "3a" : "2a"), line: { width: 0 } };
     if (trace.error_x) painted.error_x = { ...trace.error_x, color: own };
     return { ...painted, marker: { ...trace.marker, color: own }, line: { ...trace.line, color: own } };
@@ -29,11 +29,11 @@ function traces(chart) {
 
 function layout(chart) {
   const style = getComputedStyle(root), [text, line, card] = ["--text", "--line", "--card"].map((name) => style.getPropertyValue(name));
-  const axis = (own) => ({ gridcolor: line, linecolor: line, automargin: true, ...own, title: { standoff: 8, ...own?.title } });
+  const axis = (own) => ({ gridcolor: line, linecolor: line, zeroline: false, automargin: true, ...own, title: { standoff: 8, ...own?.title } });
   return {
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { family: "inherit", size: 12, color: text },
     margin: { l: 8, r: 12, t: 8, b: 8 }, hoverlabel: { bgcolor: card, bordercolor: line, font: { color: text } },
-    legend: { orientation: "h", y: -0.22, yanchor: "top", traceorder: "normal" }, hovermode: "closest",
+    showlegend: false, hovermode: "closest",
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     ...chart.layout, xaxis: axis(chart.layout.xaxis), yaxis: axis(chart.layout.yaxis),
   };
