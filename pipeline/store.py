@@ -14,6 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,17 @@ LOCK_WITHIN = 60.0  # seconds to wait for other processes that open or write the
 
 @dataclass(frozen=True)
 class Place:
-    """A store's address, and its file if it is an SQLite store."""
+    """A store's address, and its file if it is an SQLite store. What is printed or kept is the place as a text."""
 
     address: str
     database: Path | None
+
+    def __str__(self) -> str:
+        return without_credentials(self.address)
+
+    @property
+    def is_server(self) -> bool:
+        return self.address.startswith(("http://", "https://", "databricks"))
 
     def check(self) -> None:
         """Raises ConfigError when it cannot be a store, or is a file that cannot be used. Asks no server."""
@@ -41,16 +49,25 @@ class Place:
             return
         scheme, separator, _ = self.address.partition("://")
         if not (separator and scheme.partition("+")[0] in SCHEMES):
-            raise ConfigError(f"{VARIABLE}: {self.address!r} is no tracking store; allowed: {ALLOWED}")
+            raise ConfigError(f"{VARIABLE}: {str(self)!r} is no tracking store; allowed: {ALLOWED}")
+
+    @property
+    def folder(self) -> Path:
+        """Where files of the store are that no server keeps."""
+        return workspace() if self.database is None else self.database.parent
+
+    def opening(self) -> AbstractContextManager[None]:
+        """Have a store without a server for oneself: making its tables twice at once breaks it."""
+        return contextlib.nullcontext() if self.is_server else self._lock()
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Have an SQLite store for oneself: its own waiting starves writers."""
+        return contextlib.nullcontext() if self.database is None else self._lock()
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Have an SQLite store for oneself: making it twice at once breaks it, and its own waiting starves writers."""
-        if self.database is None:
-            yield
-            return
-        self.database.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{self.database}.lock", "a", encoding="utf-8") as lock:
+    def _lock(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(f"{self.database or self.folder / 'mlflow.db'}.lock", "a", encoding="utf-8") as lock:
             deadline = time.monotonic() + LOCK_WITHIN
             while not _locked(lock.fileno()):
                 if time.monotonic() > deadline:
@@ -97,9 +114,14 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
+def without_credentials(text: str) -> str:
+    """A text whose addresses have neither user and password nor, of databases and servers, options."""
+    return re.sub(r"(\w+://)(?:[^\s/]*@)?([^\s/?]+[^\s?]*)(?:\?\S*)?", r"\1\2", text)
+
+
 def reason(error: BaseException) -> str:
     """Why a store failed, in a few words; MLflow's own messages carry whole stacks and SQL statements."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_credentials(" ".join(str(error).split())) or type(error).__name__
     known = re.search(
         r"Connection refused|Connection reset|Remote end closed connection|Name or service not known|No route to host"
         r"|[Rr]ead timed out|timed out|database is locked|attempt to write a readonly database|database or disk is full"
