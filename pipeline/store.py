@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import re
 import sqlite3
@@ -22,7 +23,10 @@ from typing import Any
 from pipeline.checks import ConfigError
 
 VARIABLE = "MLFLOW_TRACKING_URI"
-ALLOWED = "http(s)://host:port, a database such as sqlite:///mlflow.db, or unset (mlflow.db of this repository)"
+ALLOWED = (
+    "http(s)://host:port, a database such as sqlite:///mlflow.db or postgresql://user:password@host/name (with"
+    " `pip install '.[postgres]'`), or unset (mlflow.db of this repository)"
+)
 SCHEMES = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
 BUSY_WITHIN = 5.0  # seconds that an SQLite file may be busy with something that is not ours
 LOCK_WITHIN = 60.0  # seconds to wait for other processes that open or write the same local store
@@ -83,10 +87,17 @@ def place() -> Place:
     root = workspace()
     address = os.environ.get(VARIABLE) or "sqlite:///mlflow.db"
     if not address.startswith("sqlite:///"):
-        return Place(address, None)
+        return Place(_with_driver(address), None)
     path, mark, options = address.removeprefix("sqlite:///").partition("?")
     database = root / path
     return Place(f"sqlite:///{database}{mark}{options}", database)
+
+
+def _with_driver(address: str) -> str:
+    """SQLAlchemy takes psycopg for a PostgreSQL address that names no driver; the extra `postgres` brings psycopg2."""
+    if importlib.util.find_spec("psycopg") is None:
+        return re.sub(r"^postgresql://", "postgresql+psycopg2://", address)
+    return address
 
 
 def workspace() -> Path:

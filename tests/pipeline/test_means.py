@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +121,11 @@ def test_a_store_that_is_gone_costs_aggregate_one_warning(
 
 def test_links_lead_from_records_to_runs_and_back(root: Path) -> None:
     made = a_study(root, seeds=(0, 1))
+    aside = (root / "results" / BENCHMARK / "sgd" / "seed-1").rename(root / "aside")
     tracking.rebuild(root / "results")
-    shutil.rmtree(root / "results")
-    made |= a_study(root, seeds=(0, 1, 2))  # seed 2 is not in the store
+    aside.rename(root / "results" / BENCHMARK / "sgd" / "seed-1")  # which the store does not have
     found = tracking.links(made)
-    assert set(found) == {(BENCHMARK, optimizer, seed) for optimizer in ("sgd", "kfac") for seed in (0, 1)}
+    assert set(found) == {(BENCHMARK, "sgd", 0), (BENCHMARK, "kfac", 0), (BENCHMARK, "kfac", 1)}
     link = found[BENCHMARK, "kfac", 1]
     run = client(root).get_run(link.run)
     assert run.info.run_name == "kfac seed 1" and run.data.tags["record"] == f"results/{BENCHMARK}/kfac/seed-1"

@@ -266,7 +266,7 @@ def test_the_prefilled_view_is_in_the_experiment_and_its_link_is_printed(
     assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": views.GROUP_TAG}]
     tracking.main(["views", "--port", "5123"])
     line = capsys.readouterr().out
-    assert line.startswith(f"{BENCHMARK}  http://127.0.0.1:5123/#/experiments/") and line.count("\n") == 1
+    assert line.startswith(f"{BENCHMARK}  http://mlflow.localhost:5123/#/experiments/") and line.count("\n") == 1
     assert "workflowType=machine_learning&viewStateShareKey=comparison&compareRunsMode=CHART" in line
 
 
