@@ -36,8 +36,12 @@ _SAME_RUN = ("seeds", "device", "threads", "diagnostics")  # settings that do no
 
 
 def main() -> None:
-    """The stage, on the workspace."""
-    aggregate(load(), RESULTS, REPORT)
+    """The stage, on the workspace; the means over seeds go to MLflow, too."""
+    from pipeline import tracking
+
+    params = load()
+    aggregate(params, RESULTS, REPORT)
+    tracking.show_means(collect(params, RESULTS))
 
 
 def aggregate(params: Params, results: Path, report: Path) -> Table:

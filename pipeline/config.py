@@ -46,6 +46,7 @@ class Params:
     diagnostics: str
     image_folder: str | None
     checkpoint_seconds: float
+    study: str = "default"
 
 
 @dataclass(frozen=True)
