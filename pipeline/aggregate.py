@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,23 @@ from pipeline.tables import Table
 
 RESULTS, REPORT = Path("results"), Path("report")
 REFERENCE = "sgd"
+Links = Mapping[tuple[str, str, int], str]
 _SAME_RUN = ("seeds", "device", "threads", "diagnostics")  # settings that do not change what is trained
 
 
 def main() -> None:
-    """The stage, on the workspace; the means over seeds go to MLflow, too."""
+    """The stage, on the workspace; the page has links to the runs in MLflow, and the means over seeds go there, too."""
     from pipeline import tracking
 
     params = load()
-    aggregate(params, RESULTS, REPORT)
+    aggregate(params, RESULTS, REPORT, lambda study: {run: link.address for run, link in tracking.links(study).items()})
     tracking.show_means(collect(params, RESULTS))
 
 
-def aggregate(params: Params, results: Path, report: Path) -> Table:
+def aggregate(params: Params, results: Path, report: Path, links: Callable[[Study], Links] = lambda _: {}) -> Table:
     """Compare the chosen pairs: write everything below ``report`` and print the table.
+
+    ``links`` gives the addresses of runs in MLflow by benchmark, optimizer and seed.
 
     Raises:
         ConfigError: records of a chosen pair are missing, cut off, of another configuration, or not comparable with
@@ -62,7 +65,7 @@ def aggregate(params: Params, results: Path, report: Path) -> Table:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pictures = figures.draw(study, partial / "figures", judged, found)
-        whole = page.Report(study, rows, judged, found)
+        whole = page.Report(study, rows, judged, found, links(study))
         texts = {
             "index.html": page.html(whole),
             "report.md": page.markdown(whole, [picture.stem for picture in pictures]),

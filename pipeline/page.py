@@ -12,7 +12,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean
@@ -35,12 +35,14 @@ _UNLISTED = ("start_time", "git_commit", "machine")  # facts of a run that have 
 
 @dataclass(frozen=True)
 class Report:
-    """What the pages are about; ``rows`` are those of ``table.csv``."""
+    """What the pages are about; ``rows`` are those of ``table.csv``, ``links`` are addresses of runs in MLflow by
+    benchmark, optimizer and seed."""
 
     study: Study
     rows: Table
     verdicts: Verdicts
     evidence: Evidence
+    links: Mapping[tuple[str, str, int], str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- the two pages
@@ -80,7 +82,7 @@ def html(report: Report) -> str:
         why=list(_why(report, reference)) if reference else [],
         means=list(_means(report, reference)) if reference else [],
         tuning=[_tuned(name, tuned) for name, tuned in report.evidence.tuning.items()],
-        runs=[_run(run) for run in _runs(report.study)],
+        runs=[{**_run(run), "link": _link(report, run)} for run in _runs(report.study)],
         script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
         style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
@@ -394,6 +396,11 @@ def _runs(study: Study) -> Iterator[Run]:
 def _run(run: Run) -> dict[str, Any]:
     """A line of the table of all runs, and of ``runs.csv``: the summary of a seed."""
     return dict(run.summary)
+
+
+def _link(report: Report, run: Run) -> str:
+    summary = run.summary
+    return report.links.get((summary["benchmark"], summary["optimizer"], summary["seed"]), "")
 
 
 def run_rows(study: Study) -> Iterator[dict[str, Any]]:

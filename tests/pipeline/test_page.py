@@ -23,6 +23,7 @@ BENCHMARKS, OPTIMIZERS = ("toy_mlp", "digits_cnn"), ("sgd", "adam", "kfac")
 LOST = ("toy_mlp", "kfac", 2)
 VOID = {"meta", "link", "input", "img", "br", "wbr", "hr"}
 LOADS = {"src", "srcset", "poster", "data", "action", "formaction"}  # attributes whose address is fetched
+ADDRESS = "http://127.0.0.1:5000/#/experiments/1/runs/abc"
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
@@ -105,7 +106,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, chosen: Params) -> Path:
     (root / "data" / "toy_mlp").mkdir(parents=True)
     manifest = {"sha256": "0123456789abcdef", "examples": {"train": 4711, "validation": 12, "test": 13}}
     (root / "data" / "toy_mlp" / "manifest.json").write_text(json.dumps(manifest))
-    aggregate.aggregate(chosen, root / "results", root / "report")
+    aggregate.aggregate(chosen, root / "results", root / "report", lambda _: {("toy_mlp", "sgd", 1): ADDRESS})
     return root / "report"
 
 
@@ -122,7 +123,7 @@ def test_it_is_one_well_formed_file_without_an_address_to_load(page: Page, repor
         loaded += [attributes.get("href") or ""] if tag == "link" else []
         assert all(address.startswith("data:") for address in loaded), (tag, attributes)
         links = [attributes.get("href") or "#"] if tag == "a" else []
-        assert all(link.startswith("#") or (report / link).exists() for link in links), links
+        assert all(link.startswith("#") or link == ADDRESS or (report / link).exists() for link in links), links
     assert "@import" not in page.scripts["style"] and "url(" not in page.scripts["style"]
     assert "http" not in page.scripts["style"] + page.scripts["script"]
 
@@ -151,6 +152,11 @@ def test_every_run_has_its_row(page: Page) -> None:
     expected = [[b, o, str(s)] for b in BENCHMARKS for o in OPTIMIZERS for s in synthetic.SEEDS]
     assert [row[:3] for row in rows] == expected
     assert [row[:4] for row in rows if row[3] != "finished"] == [["toy_mlp", "kfac", "2", "diverged"]]
+
+
+def test_a_run_that_mlflow_has_leads_there(page: Page) -> None:
+    assert [attributes["href"] for tag, attributes in page.elements if tag == "a"].count(ADDRESS) == 1
+    assert "A seed's number leads to its run in MLflow" in page.text
 
 
 def test_what_diverged_stands_with_its_reason_and_a_target_that_was_missed_too(page: Page) -> None:
