@@ -18,7 +18,7 @@ from pipeline.records import Run
 from pipeline.verdicts import Profile, Speedup
 
 Chart = dict[str, Any]
-_POINTS = 160  # of a curve, at most
+_POINTS = 100  # of a curve, at most
 _QUANTITIES = {"steps": "step", "seconds": "seconds"}  # of a summary, for each clock
 _FAR = 1e3  # times the upper limit: where infinity is drawn
 _MARKS = {"●": "circle", "◆": "diamond", "■": "square"}  # of references

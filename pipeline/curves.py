@@ -46,9 +46,10 @@ def over_seeds(runs: Sequence[Run], quantity: str, clock: str) -> Curve:
     if clock == "seconds":
         times = [dict(_points(run, "step", COLUMNS[clock])) for run in runs]
         seeds = [_points(run, COLUMNS[clock], quantity) for run in runs]
-        complete = [points[-1][0] for run, points in zip(runs, seeds, strict=True) if statistics.finished(run.summary)]
+        whole = [points for run, points in zip(runs, seeds, strict=True) if points and statistics.finished(run.summary)]
+        last = min((points[-1][0] for points in whole), default=math.inf)
         known = (median(own[step] for own in times if step in own) for step in grid)
-        grid = sorted(time for time in known if time <= min(complete, default=math.inf))
+        grid = sorted(time for time in known if time <= last)
     values = [[_at(points, place) for points in seeds] for place in grid]
     return _over(grid, values)
 
