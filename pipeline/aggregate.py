@@ -1,8 +1,8 @@
 """Stage ``aggregate``: the comparison of all optimizers, from the records of the pairs that params.yaml names.
 
 ``python -m pipeline.aggregate`` reads results/ and writes report/: ``table.csv`` (one row a pair, full precision),
-``metrics.json`` (one figure a pair, for DVC), ``report.md`` and ``figures/``, and prints the table.
-``python -m pipeline.aggregate --show`` prints it again.
+``metrics.json`` (one figure a pair, for DVC), ``verdicts.json`` (every figure behind a sentence), ``report.md`` and
+``figures/``, and prints the table and the first sentences. ``python -m pipeline.aggregate --show`` prints them again.
 
 The one idea: ``table.csv`` is the comparison; the terminal's table and the report's are views of its rows.
 """
@@ -16,11 +16,12 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import comparability, records, statistics
+from pipeline import comparability, records, statistics, verdicts
 from pipeline.config import TARGETS, ConfigError, Params, load, resolve, run_stage
 
 RESULTS, REPORT = Path("results"), Path("report")
@@ -33,6 +34,7 @@ HEADERS = ("optimizer", "train\nloss", "valid.\nloss", "test\nloss")
 TARGET_HEADERS = ("reached\n{target}", "steps to {target}\nmedian [range]", "seconds to {target}\nmedian [range]")
 COST_HEADERS = ("ms per\nstep", f"{TIMES} sgd")
 SHOWN = ("hard",)  # the target that the terminal's table has room for; the page has all
+SENTENCES = 9  # of the verdicts, on the terminal
 _TEXT_COLUMNS = frozenset({"benchmark", "optimizer", "target_metric", "notes"})
 _WORDS = {
     "train_loss": "training loss",
@@ -67,6 +69,7 @@ def aggregate(params: Params, results: Path, report: Path) -> Table:
         (partial / "metrics.json").write_text(json.dumps(metrics(rows), indent=2) + "\n", encoding="utf-8")
         (partial / "report.md").write_text(page(rows, study, [picture.stem for picture in pictures]), encoding="utf-8")
         write_table(rows, partial / TABLE)
+        verdicts.write(verdicts.judge(study, params), partial / verdicts.FILE)
         shutil.rmtree(report / "figures", ignore_errors=True)
         for made in sorted(partial.iterdir()):
             os.replace(made, report / made.name)
@@ -187,6 +190,9 @@ def show(report: Path = REPORT) -> None:
         console.print(_rich_table(block))
         for line in _remarks(block):
             console.print(f"  {line}", markup=False)
+    console.print()
+    for sentence in verdicts.read_sentences(report / verdicts.FILE)[:SENTENCES]:
+        console.print(textwrap.fill(sentence, 100, subsequent_indent="  "), markup=False)
 
 
 def _rich_table(block: Table) -> Any:

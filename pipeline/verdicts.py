@@ -6,16 +6,19 @@ by :mod:`pipeline.statistics` from the histories of the records, so that a reade
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 
 from pipeline import comparability, sentences, statistics
-from pipeline.config import TARGETS, Params
+from pipeline.config import TARGETS, ConfigError, Params
 from pipeline.records import Run
 from pipeline.statistics import ONE_BENCHMARK, POOLED, Interval, Time, ordered
 
+FILE = "verdicts.json"
 CLOCKS = ("steps", "seconds")
 """Optimizer steps, and seconds of training."""
 HEADLINE = "hard"
@@ -139,6 +142,20 @@ def judge(study: Study, params: Params) -> Verdicts:
         missing=list(_missing(study, params)),
         protocol=", ".join(sorted(versions)),
     )
+
+
+def write(found: Verdicts, path: Path) -> None:
+    path.write_text(json.dumps(asdict(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_sentences(path: Path) -> list[str]:
+    """The headlines that ``write`` wrote; none where it has not yet."""
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["sentences"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no verdicts of a report ({error}); `dvc repro` makes it again") from None
 
 
 # ---------------------------------------------------------------- times

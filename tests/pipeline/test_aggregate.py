@@ -39,7 +39,8 @@ def rows_of(report: Path) -> list[dict[str, str]]:
 def test_the_report_has_all_parts_and_nothing_else(tmp_path: Path, chosen: Params, results: Path) -> None:
     report = tmp_path / "report"
     aggregate.aggregate(chosen, results, report)
-    assert {path.name for path in report.iterdir()} == {"report.md", "table.csv", "metrics.json", "figures"}
+    made = {"report.md", "table.csv", "metrics.json", "verdicts.json", "figures"}
+    assert {path.name for path in report.iterdir()} == made
     page = (report / "report.md").read_text()
     linked = {word.split(")")[0] for word in page.split("](")[1:]}
     assert linked == {f"figures/{path.name}" for path in (report / "figures").iterdir()}
@@ -203,6 +204,26 @@ def test_show_prints_on_a_terminal_without_unicode(tmp_path: Path, chosen: Param
     done = run_show(tmp_path, "ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert "digits_cnn: target training loss" in done.stdout
+
+
+def test_the_first_sentences_follow_the_table(
+    tmp_path: Path, chosen: Params, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aggregate.aggregate(chosen, results, tmp_path / "report")
+    sentences = json.loads((tmp_path / "report" / "verdicts.json").read_text())["sentences"]
+    assert sentences[0].startswith("No verdict: 3 seeds.")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.endswith(" ".join(sentences[: aggregate.SENTENCES]))
+
+
+def test_verdicts_that_cannot_be_read_are_one_line(tmp_path: Path, chosen: Params, results: Path) -> None:
+    (tmp_path / "report").mkdir()
+    aggregate.write_table(aggregate.tabulate(aggregate.collect(chosen, results)), tmp_path / "report" / "table.csv")
+    (tmp_path / "report" / "verdicts.json").write_text("{")
+    done = run_show(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: report/verdicts.json: no verdicts of a report (")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_show_without_a_report_is_one_line(tmp_path: Path) -> None:
