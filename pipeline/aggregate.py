@@ -1,6 +1,6 @@
 """Stage ``aggregate``: the comparison of all optimizers, from the records of the pairs that params.yaml names.
 
-``python -m pipeline.aggregate`` reads results/, writes report/ and prints the table; ``--show`` prints it again.
+``python -m pipeline.aggregate`` reads results/, writes report/, prints tables and first sentences; ``--show`` prints again.
 
 | file | holds |
 |---|---|
@@ -15,7 +15,6 @@ The one idea: records are read and compared with params.yaml here, and all files
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -71,10 +70,10 @@ def aggregate(params: Params, results: Path, report: Path, links: Callable[[Stud
             "report.md": page.markdown(whole, [picture.stem for picture in pictures]),
             "table.tex": tables.latex(rows),
             "metrics.json": json.dumps(metrics(rows), indent=2) + "\n",
-            "verdicts.json": json.dumps(dataclasses.asdict(judged), indent=2, allow_nan=False) + "\n",
         }
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
+        verdicts.write(judged, partial / verdicts.FILE)
         tables.write(rows, partial / tables.TABLE)
         tables.write(page.run_rows(study), partial / "runs.csv")
         tables.write(curves.rows(study), partial / "curves.csv")

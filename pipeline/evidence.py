@@ -6,7 +6,7 @@ The one idea: runs are compared without it, so what is absent is left out; what 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ _TRIALS = ("benchmark", "optimizer", "trials", "chosen", "won_by_first", "budget
 
 @dataclass(frozen=True)
 class Evidence:
-    """`tuning`: benchmark -> optimizer -> the file of its trials; `data`: benchmark -> manifest; `coverage`: the file
-    of the simulation, or None."""
+    """`tuning`: benchmark -> optimizer -> the file of its trials; `data`: benchmark -> manifest; `coverage`: the lines
+    of the simulation's table (`python -m benchmarks.coverage`)."""
 
     tuning: Mapping[str, Mapping[str, dict[str, Any]]] = field(default_factory=dict)
     data: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    coverage: dict[str, Any] | None = None
+    coverage: Sequence[Mapping[str, Any]] = ()
 
 
 def read(root: Path, benchmarks: Iterable[str], optimizers: Iterable[str]) -> Evidence:
@@ -33,11 +33,12 @@ def read(root: Path, benchmarks: Iterable[str], optimizers: Iterable[str]) -> Ev
     for benchmark in names:
         trials = {name: _read(root / "tuning" / benchmark / f"{name}.json", _TRIALS) for name in pairs}
         tuning[benchmark] = {name: found for name, found in trials.items() if found}
+    simulated = _read(root / "benchmarks" / "results" / "coverage.json", ("rows",))
     manifests = {name: _read(root / "data" / name / "manifest.json", ("sha256", "examples")) for name in names}
     return Evidence(
         tuning={benchmark: found for benchmark, found in tuning.items() if found},
         data={name: found for name, found in manifests.items() if found},
-        coverage=_read(root / "benchmarks" / "results" / "coverage.json", ()),
+        coverage=simulated["rows"] if simulated else (),
     )
 
 

@@ -140,7 +140,7 @@ def _common(report: Report) -> dict[str, Any]:
         "facts": _facts(runs),
         "data": [_data(name, manifest) for name, manifest in report.evidence.data.items()],
         "untuned": list(_untuned(report)),
-        "coverage_table": _coverage(report.evidence.coverage),
+        "coverage_table": report.evidence.coverage,
         "plural": plural,
     }
 
@@ -442,7 +442,3 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return json.dumps(value) if isinstance(value, list | dict) else str(value)
-
-
-def _coverage(found: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    return list(found["rows"]) if found else []

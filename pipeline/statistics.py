@@ -272,11 +272,11 @@ def median_interval(times: Sequence[Time], bootstrap_from: int = BOOTSTRAP_FROM)
 
     value = np.array([time.value for time in times])
     reached = np.array([time.reached for time in times])
-    low, high, method = _bootstrap((value, reached), _median_of_rows, paired=True)
+    low, high, method = _bootstrap((value, reached), medians, paired=True)
     return Interval(middle, low, high, LEVEL, method, len(times))
 
 
-def _median_of_rows(value: np.ndarray, reached: np.ndarray, axis: int = -1) -> np.ndarray:
+def medians(value: np.ndarray, reached: np.ndarray, axis: int = -1) -> np.ndarray:
     """:func:`kaplan_meier_median` of many samples at once [..., n]; the last time of a sample where there is none."""
     import numpy as np
 

@@ -10,10 +10,12 @@ import csv
 import io
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import verdicts
 from pipeline.config import TARGETS, ConfigError
 
 TABLE = "table.csv"
@@ -24,6 +26,7 @@ HEADERS = ("optimizer", "train\nloss", "valid.\nloss", "test\nloss")
 TARGET_HEADERS = ("reached\n{target}", "steps to {target}\nmedian [range]", "seconds to {target}\nmedian [range]")
 COST_HEADERS = ("ms per\nstep", f"{TIMES} sgd")
 SHOWN = ("hard",)  # the target that the terminal's table has room for; the pages have all
+SENTENCES = 9  # of the verdicts, on the terminal
 METRICS = {
     "train_loss": "training loss",
     "validation_loss": "validation loss",
@@ -162,7 +165,7 @@ def _range(row: Mapping[str, Any], quantity: str, target: str) -> str:
 
 
 def show(report: Path) -> None:
-    """Print the comparison, a block a benchmark, from ``table.csv``."""
+    """Print the comparison, a block a benchmark, from ``table.csv``, and the first sentences of the verdicts."""
     from rich.console import Console
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -175,6 +178,9 @@ def show(report: Path) -> None:
         console.print(_rich(block))
         for line in remarks(block):
             console.print(f"  {line}", markup=False)
+    console.print()
+    for sentence in verdicts.read_sentences(report / verdicts.FILE)[:SENTENCES]:
+        console.print(textwrap.fill(sentence, 100, subsequent_indent="  "), markup=False)
 
 
 def _rich(block: Table) -> Any:

@@ -208,6 +208,26 @@ def test_show_prints_on_a_terminal_without_unicode(tmp_path: Path, chosen: Param
     assert "digits_cnn: target training loss" in done.stdout
 
 
+def test_the_first_sentences_follow_the_table(
+    tmp_path: Path, chosen: Params, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aggregate.aggregate(chosen, results, tmp_path / "report")
+    sentences = json.loads((tmp_path / "report" / "verdicts.json").read_text())["sentences"]
+    assert sentences[0].startswith("No verdict: 3 seeds.")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.endswith(" ".join(sentences[: tables.SENTENCES]))
+
+
+def test_verdicts_that_cannot_be_read_are_one_line(tmp_path: Path, chosen: Params, results: Path) -> None:
+    (tmp_path / "report").mkdir()
+    tables.write(aggregate.tabulate(aggregate.collect(chosen, results)), tmp_path / "report" / "table.csv")
+    (tmp_path / "report" / "verdicts.json").write_text("{")
+    done = run_show(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: report/verdicts.json: no verdicts of a report (")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_show_without_a_report_is_one_line(tmp_path: Path) -> None:
     done = run_show(tmp_path)
     assert done.returncode == 2

@@ -27,6 +27,7 @@ ADDRESS = "http://127.0.0.1:5000/#/experiments/1/runs/abc"
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
+SIMULATED = {"what": "interval of the ratio, t", "seeds": 5, "promised": "0.95", "measured": 0.9415}
 TRIALS: dict[str, Any] = {
     "benchmark": "toy_mlp",
     "optimizer": "kfac",
@@ -106,6 +107,8 @@ def report(tmp_path_factory: pytest.TempPathFactory, chosen: Params) -> Path:
     (root / "data" / "toy_mlp").mkdir(parents=True)
     manifest = {"sha256": "0123456789abcdef", "examples": {"train": 4711, "validation": 12, "test": 13}}
     (root / "data" / "toy_mlp" / "manifest.json").write_text(json.dumps(manifest))
+    (root / "benchmarks" / "results").mkdir(parents=True)
+    (root / "benchmarks" / "results" / "coverage.json").write_text(json.dumps({"rows": [SIMULATED]}))
     aggregate.aggregate(chosen, root / "results", root / "report", lambda _: {("toy_mlp", "sgd", 1): ADDRESS})
     return root / "report"
 
@@ -208,6 +211,7 @@ def test_tuning_reconstructions_and_provenance_are_there(page: Page, report: Pat
     images = [str(attributes["src"]) for tag, attributes in page.elements if tag == "img"]
     assert images == [f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"]
     assert page.rows("data", "train / validation / test") == [["toy_mlp", "4711 / 12 / 13", "0123456789ab"]]
+    assert page.rows("what", "seeds", "promised") == [["interval of the ratio, t", "5", "0.95", "0.942"]]
     assert any(row == ["torch", "2.14.1"] for table in page.tables for row in table)
     text = (report / "report.md").read_text()
     assert "figures/tuning.svg" in text and "sha256 0123456789abcdef" in text
