@@ -1,6 +1,6 @@
 """Stage ``aggregate``: the comparison of all optimizers, from the records of the pairs that params.yaml names.
 
-``python -m pipeline.aggregate`` reads results/, writes report/, prints tables and first sentences; ``--show`` prints again.
+``python -m pipeline.aggregate`` reads results/, writes report/ and prints the tables; ``--show`` prints them again.
 
 | file | holds |
 |---|---|

@@ -11,6 +11,7 @@ import base64
 import gzip
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -135,6 +136,7 @@ def _common(report: Report) -> dict[str, Any]:
         "confidence": curves.confidence(len(seeds)),
         "run_count": len(runs),
         "unfinished": [_run(run) for run in unfinished],
+        "missing": [line for line in report.verdicts.missing if not any(_is_about(run, line) for run in unfinished)],
         "unreached": list(_unreached(report.verdicts.outcomes)),
         "dates": _dates(runs),
         "facts": _facts(runs),
@@ -147,8 +149,8 @@ def _common(report: Report) -> dict[str, Any]:
 
 def _sentences(report: Report) -> dict[str, Any]:
     """The sentences on the whole study, by the clock that they speak of, and those on single benchmarks."""
-    names = list(report.study)
-    of_one = {name: [each for each in report.verdicts.sentences if name in each] for name in names if len(names) > 1}
+    names = report.study if len(report.study) > 1 else ()
+    of_one = {name: [each for each in report.verdicts.sentences if _names(name, each)] for name in names}
     single = {each for sentences in of_one.values() for each in sentences}
     over_all = [each for each in report.verdicts.sentences if each not in single]
     return {
@@ -159,6 +161,10 @@ def _sentences(report: Report) -> dict[str, Any]:
         "general": [each for each in over_all if not any(clock in each for clock in CLOCKS)],
         "of_one": of_one,
     }
+
+
+def _names(name: str, sentence: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", sentence) is not None
 
 
 # ---------------------------------------------------------------- at a glance
@@ -396,6 +402,11 @@ def _runs(study: Study) -> Iterator[Run]:
 def _run(run: Run) -> dict[str, Any]:
     """A line of the table of all runs, and of ``runs.csv``: the summary of a seed."""
     return dict(run.summary)
+
+
+def _is_about(run: Run, line: str) -> bool:
+    """Whether a line of what is missing says what stands in the run's own record."""
+    return line.startswith(f"{run.summary['benchmark']}, {run.summary['optimizer']}, seed {run.summary['seed']}:")
 
 
 def _link(report: Report, run: Run) -> str:
