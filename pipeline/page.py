@@ -14,12 +14,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from pipeline import charts, comparability, curves, looks, statistics, tables
+from pipeline import charts, curves, looks, provenance, statistics, tables
 from pipeline.config import TARGETS
 from pipeline.curves import Study
 from pipeline.evidence import Evidence
@@ -31,7 +30,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 _LOOP = ("batch_size", "averaging", "warmup", "schedule")  # settings of an optimizer's training beside its own
 _COSTS = {"milliseconds_per_step_median": 3, "step_time_ratio_to_sgd": 2, "peak_memory_mib_median": 3}  # and digits
 _RATIOS = ("steps", "cost", "seconds")
-_UNLISTED = ("start_time", "git_commit", "machine")  # facts of a run that have their own place
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,10 @@ def _common(report: Report) -> dict[str, Any]:
         "unfinished": [_run(run) for run in unfinished],
         "missing": [line for line in report.verdicts.missing if not any(_is_about(run, line) for run in unfinished)],
         "unreached": list(_unreached(report.verdicts.outcomes)),
-        "dates": _dates(runs),
-        "facts": _facts(runs),
-        "data": [_data(name, manifest) for name, manifest in report.evidence.data.items()],
+        "machines": provenance.machines(runs),
+        "dates": provenance.dates(runs),
+        "facts": provenance.facts(runs),
+        "data": [provenance.data(name, manifest) for name, manifest in report.evidence.data.items()],
         "untuned": list(_untuned(report)),
         "coverage_table": report.evidence.coverage,
         "plural": plural,
@@ -419,30 +418,7 @@ def run_rows(study: Study) -> Iterator[dict[str, Any]]:
     return (_run(run) for run in _runs(study))
 
 
-# ---------------------------------------------------------------- provenance
-
-
-def _facts(runs: Iterable[Run]) -> list[tuple[str, str]]:
-    """A line a fact; several values where benchmarks do not share one. At a benchmark all runs agree on their keys."""
-    facts: dict[str, list[str]] = {"git commit": []}
-    for run in runs:
-        for name, value in (run.environment | comparability.key(run.config, run.environment)).items():
-            if value is not None and not name.startswith("dvc_") and (name not in _UNLISTED or name == "git_commit"):
-                known = facts.setdefault(name.replace("_", " "), [])
-                if str(value) not in known:
-                    known.append(str(value))
-    return [(name, ", ".join(values)) for name, values in facts.items() if values]
-
-
-def _dates(runs: Iterable[Run]) -> str:
-    times = [run.environment["start_time"] for run in runs if run.environment.get("start_time")]
-    days = [datetime.fromtimestamp(time, UTC).strftime("%-d %B %Y") for time in sorted(times)]
-    return DASH.join(dict.fromkeys([days[0], days[-1]])) if days else ""
-
-
-def _data(benchmark: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    examples = " / ".join(f"{count}" for count in manifest["examples"].values())
-    return {"benchmark": benchmark, "examples": examples, "sha256": manifest["sha256"]}
+# ---------------------------------------------------------------- words
 
 
 def _times(value: float | None) -> str:
