@@ -23,11 +23,10 @@ from pipeline import figure_parts as parts
 from pipeline.config import TARGETS
 from pipeline.curves import Study
 from pipeline.evidence import Evidence
-from pipeline.looks import CURVATURE, METRICS, PHASES
+from pipeline.looks import CURVATURE, METRICS, PHASES, on_light
 from pipeline.records import Run
 from pipeline.statistics import ordered
 from pipeline.verdicts import Verdicts
-from pipeline.views import colour
 
 _SINGLE = 5  # seeds, at most, that are drawn one by one
 _DIAGNOSED = ("cosine_natural", "top_eigenvalue")  # of CURVATURE
@@ -78,7 +77,7 @@ def loss(benchmark: str, pairs: Mapping[str, Sequence[Run]]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, clock in zip(axes, curves.COLUMNS, strict=True):
         for optimizer in ordered(pairs):
-            _curves(axis, pairs[optimizer], clock, metric, colour(optimizer))
+            _curves(axis, pairs[optimizer], clock, metric, on_light(optimizer))
         for target in targets.values():
             axis.axhline(target, zorder=1.5, **parts.TARGET_LINE)
         axis.set_xlim(left=0)
@@ -89,7 +88,7 @@ def loss(benchmark: str, pairs: Mapping[str, Sequence[Run]]) -> Figure:
     axes[0].set_yscale("log")
     _fit_losses(axes[0], pairs, metric, targets.values())
     parts.log(axes[0], "y")
-    handles = [Line2D([], [], color=colour(name), linewidth=2.2, label=name) for name in ordered(pairs)]
+    handles = [Line2D([], [], color=on_light(name), linewidth=2.2, label=name) for name in ordered(pairs)]
     words = " and ".join(f"{name} {target:g}" for name, target in targets.items())
     handles.append(Line2D([], [], label=f"targets: {words}", **parts.TARGET_LINE))
     runs, most = [run for runs in pairs.values() for run in runs], max(map(len, pairs.values()))
@@ -186,17 +185,17 @@ def _dots(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str], 
         for number, value in enumerate(values):
             offset = place + 0.6 * ((number + 0.5) / len(values) - 0.5)
             if math.isfinite(value):
-                axis.plot([max(value, low)], [offset], zorder=3, **parts.dot(colour(name)))
+                axis.plot([max(value, low)], [offset], zorder=3, **parts.dot(on_light(name)))
             elif statistics.finished(pairs[name][number].summary):
-                axis.plot([edge], [offset], zorder=3, **parts.ring(colour(name)))
+                axis.plot([edge], [offset], zorder=3, **parts.ring(on_light(name)))
             else:
-                axis.plot([edge], [offset], zorder=3, **parts.cross(colour(name)))
+                axis.plot([edge], [offset], zorder=3, **parts.cross(on_light(name)))
         middle = statistics.spread(values)
         if middle and math.isfinite(middle.median):
             axis.plot(
                 [max(middle.median, low)] * 2,
                 [place - 0.46, place + 0.46],
-                color=colour(name),
+                color=on_light(name),
                 linewidth=2.2,
                 zorder=2,
             )
@@ -294,8 +293,10 @@ def curvature(study: Study) -> Figure | None:
             for optimizer in ordered(pairs):
                 traces = [dict(_traces(run, quantity)) for run in pairs[optimizer]]
                 for trace in traces:
-                    axis.plot(*parts.columns(sorted(trace.items())), color=colour(optimizer), linewidth=0.7, alpha=0.4)
-                axis.plot(*parts.columns(statistics.median_curve(traces)), color=colour(optimizer), linewidth=1.7)
+                    axis.plot(
+                        *parts.columns(sorted(trace.items())), color=on_light(optimizer), linewidth=0.7, alpha=0.4
+                    )
+                axis.plot(*parts.columns(statistics.median_curve(traces)), color=on_light(optimizer), linewidth=1.7)
             axis.set_xlim(left=0)
             if scale == "log":
                 axis.set_yscale("log")
@@ -305,7 +306,7 @@ def curvature(study: Study) -> Figure | None:
         top.set_title(benchmark, fontweight="bold")
         bottom.set_xlabel("optimizer steps")
     names = ordered({optimizer for pairs in study.values() for optimizer in pairs})
-    handles = [Line2D([], [], color=colour(name), linewidth=2.2, label=name) for name in names]
+    handles = [Line2D([], [], color=on_light(name), linewidth=2.2, label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.8)
     return figure
 

@@ -1,6 +1,7 @@
 """What the figures for papers and the charts of the page have in common: colours, words, limits and ticks of log axes.
 
-The one idea: an optimizer has one colour, that which the MLflow UI gives it; on a dark ground the same hue is lighter.
+The one idea: an optimizer has one colour, that which the MLflow UI gives it; the same hue is darker or lighter
+where the ground asks for it.
 """
 
 from __future__ import annotations
@@ -34,12 +35,19 @@ CURVATURE = {  # of the whole model: quantity -> (words, scale of its axis)
 }
 
 
-def on_light_and_dark(name: str) -> tuple[str, str]:
-    """The colour of an optimizer on a light and on a dark ground, as ``#rrggbb``."""
-    usual = colour(name)
-    hue, lightness, saturation = colorsys.rgb_to_hls(*(int(usual[at : at + 2], 16) / 255 for at in (1, 3, 5)))
-    channels = colorsys.hls_to_rgb(hue, max(lightness, 0.64), saturation)
-    return usual, "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)
+def on_light(name: str) -> str:
+    """The colour of an optimizer on a light ground, as `#rrggbb`."""
+    return _within(colour(name), 0.0, 0.5)
+
+
+def on_dark(name: str) -> str:
+    return _within(colour(name), 0.64, 1.0)
+
+
+def _within(shade: str, darkest: float, lightest: float) -> str:
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(int(shade[at : at + 2], 16) / 255 for at in (1, 3, 5)))
+    channels = colorsys.hls_to_rgb(hue, min(max(lightness, darkest), lightest), saturation)
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)
 
 
 def limits(curves: Iterable[Sequence[float]], targets: Iterable[float]) -> tuple[float, float] | None:

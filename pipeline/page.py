@@ -65,7 +65,7 @@ def html(report: Report) -> str:
         drawn[f"tuning-{benchmark}"] = charts.budget(tuned)
     drawn = {name: chart for name, chart in drawn.items() if chart and chart["data"]}
     names = statistics.ordered({name for pairs in report.study.values() for name in pairs})
-    palette = {name: list(looks.on_light_and_dark(name)) for name in names}
+    palette = {name: [looks.on_light(name), looks.on_dark(name)] for name in names}
     palette |= {f"phase:{phase}": shades for phase, (_, *shades) in looks.PHASES.items()}
     return _template("index.html").render(
         **_common(report),

@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline import figure_parts as parts
 from pipeline.evidence import Evidence
+from pipeline.looks import on_light
 from pipeline.statistics import ordered
 from pipeline.verdicts import CLOCKS, Profile, Speedup, Verdicts
-from pipeline.views import colour
 
 _MARKS = ("o", "D", "s")
 
@@ -40,7 +40,7 @@ def profiles(found: Sequence[Profile]) -> Figure:
         last = max((each.tau[-1] for each in own.values()), default=2.0)
         for name in ordered(own):
             x, y = [*own[name].tau, last], [*own[name].share, own[name].share[-1]]
-            axis.step(x, y, where="post", color=colour(name), linewidth=2.0)
+            axis.step(x, y, where="post", color=on_light(name), linewidth=2.0)
         axis.set_xlim(1, max(last, 1.1))
         parts.log(axis, "x")
         axis.set_xlabel(f"{clock} over those of the fastest")
@@ -63,9 +63,9 @@ def speedups(found: Sequence[Speedup]) -> Figure:
             place = references.index(each.reference)
             height = names.index(each.optimizer) + 0.36 * (place - (len(references) - 1) / 2)
             own = [end for end in (each.ratio.low, each.ratio.high) if 0 < end < math.inf]
-            axis.plot(own, [height] * len(own), color=colour(each.optimizer), linewidth=1.6)
+            axis.plot(own, [height] * len(own), color=on_light(each.optimizer), linewidth=1.6)
             axis.plot(
-                [each.ratio.estimate], [height], color=colour(each.optimizer), marker=_MARKS[place % 3], markersize=6
+                [each.ratio.estimate], [height], color=on_light(each.optimizer), marker=_MARKS[place % 3], markersize=6
             )
             ends += [each.ratio.estimate, *own]
         axis.axvline(1, zorder=1, **parts.TARGET_LINE)
@@ -93,7 +93,7 @@ def tuning(tuned: Mapping[str, Mapping[str, Any]]) -> Figure:
         for name in ordered(found):
             points = [(point["trials"], point["expected"]) for point in found[name]["budget_curve"]]
             known = [(trials, expected) for trials, expected in points if parts.positive(expected)]
-            axis.plot(*parts.columns(known), color=colour(name), marker="o", markersize=3)
+            axis.plot(*parts.columns(known), color=on_light(name), marker="o", markersize=3)
         if axis.lines and any(len(line.get_xdata()) for line in axis.lines):
             parts.log(axis, "y")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -106,6 +106,6 @@ def tuning(tuned: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def _with_legend(figure: Figure, names: Sequence[str]) -> Figure:
-    handles = [Line2D([], [], color=colour(name), linewidth=2.2, label=name) for name in names]
+    handles = [Line2D([], [], color=on_light(name), linewidth=2.2, label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(8, len(handles)), handlelength=1.8)
     return figure

@@ -10,7 +10,6 @@ import synthetic_records as synthetic
 from pipeline import aggregate, figures, looks, statistics, verdicts
 from pipeline.curves import Study
 from pipeline.evidence import Evidence
-from pipeline.views import colour
 
 PAIR = ("sgd", "kfac")
 
@@ -57,7 +56,7 @@ def test_every_seed_is_drawn_on_both_clocks_with_its_median_and_target(tmp_path:
     figure = figures.loss("digits_cnn", study(tmp_path)["digits_cnn"])
     for axis in figure.axes:
         for optimizer in PAIR:
-            own = [line for line in axis.lines if line.get_color() == colour(optimizer)]
+            own = [line for line in axis.lines if line.get_color() == looks.on_light(optimizer)]
             curves = [line for line in own if line.get_linestyle() == "-"]
             assert len(curves) == len(synthetic.SEEDS) + 1
             assert len({line.get_linewidth() for line in curves}) == 2
