@@ -19,7 +19,6 @@ from pipeline.verdicts import Profile, Speedup
 
 Chart = dict[str, Any]
 _POINTS = 100  # of a curve, at most
-_QUANTITIES = {"steps": "step", "seconds": "seconds"}  # of a summary, for each clock
 _FAR = 1e3  # times the upper limit: where infinity is drawn
 _MARKS = {"●": "circle", "◆": "diamond", "■": "square"}  # of references
 _NEUTRAL = "#8a8f98"  # readable on both grounds
@@ -45,7 +44,7 @@ def loss(pairs: Mapping[str, Sequence[Run]], clock: str) -> Chart:
     traces: list[Chart] = []
     for name, curve in drawn.items():
         traces += _curve(name, curve, high * _FAR)
-    end = max((_interesting(pairs[name], curve, clock) for name, curve in drawn.items()), default=1.0)
+    end = max((curves.interesting(pairs[name], curve, clock) for name, curve in drawn.items()), default=1.0)
     return {
         "data": traces,
         "layout": {
@@ -61,15 +60,9 @@ def loss(pairs: Mapping[str, Sequence[Run]], clock: str) -> Chart:
     }  # fmt: skip
 
 
-def _interesting(runs: Sequence[Run], curve: curves.Curve, clock: str) -> float:
-    """Where a curve may leave the picture: some way behind the hard target, or at its end."""
-    times = [statistics.to_target(run.summary, "hard", _QUANTITIES[clock]) for run in runs]
-    return min(1.3 * max(times), curve.x[-1] if curve.x else 0.0)
-
-
 def seeds(pairs: Mapping[str, Sequence[Run]], clock: str) -> Chart:
     """Every seed's time to the hard target; at the right edge, open, the seeds that did not get there."""
-    names, quantity = statistics.ordered(pairs), _QUANTITIES[clock]
+    names, quantity = statistics.ordered(pairs), curves.OUTCOMES[clock]
     times = {name: [statistics.to_target(run.summary, "hard", quantity) for run in pairs[name]] for name in names}
     known = [value for values in times.values() for value in values if 0 < value < math.inf]
     low, high = (min(known), max(known)) if known else (1.0, 10.0)
@@ -192,7 +185,7 @@ def speedup(found: Sequence[Speedup], clock: str) -> Chart | None:
         traces.append({
             "type": "scatter", "mode": "markers", "legendgroup": each.optimizer, "name": each.optimizer,
             "x": [_short(ratio.estimate)],
-            "y": [names.index(each.optimizer) + 0.36 * (place - (len(references) - 1) / 2)],
+            "y": [names.index(each.optimizer) + 0.24 * (place - (len(references) - 1) / 2)],
             "error_x": {"type": "data", "symmetric": False, "array": [_short(ratio.high - ratio.estimate)],
                         "arrayminus": [_short(ratio.estimate - ratio.low)], "thickness": 2, "width": 4},
             "marker": {"symbol": list(_MARKS.values())[place % len(_MARKS)], "size": 10},

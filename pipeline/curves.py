@@ -20,6 +20,7 @@ from pipeline.records import Run
 
 LEVEL = 0.95
 COLUMNS = {"steps": "step", "seconds": "training_seconds"}  # of the history, for each clock
+OUTCOMES = {"steps": "step", "seconds": "seconds"}  # of a summary
 Study = Mapping[str, Mapping[str, Sequence[Run]]]
 """Benchmark -> optimizer -> the runs of its seeds."""
 Points = list[tuple[float, float]]
@@ -63,6 +64,12 @@ def of_diagnostic(runs: Sequence[Run], quantity: str) -> Curve:
             if row["quantity"] == quantity and row["layer"] == "" and isinstance(value, float) and math.isfinite(value):
                 found.setdefault(float(step or 0), []).append(value)
     return _over(sorted(found), [found[step] for step in sorted(found)])
+
+
+def interesting(runs: Sequence[Run], curve: Curve, clock: str) -> float:
+    """Where a curve may leave the picture: some way behind the hard target, or at its end."""
+    times = [statistics.to_target(run.summary, "hard", OUTCOMES[clock]) for run in runs]
+    return min(1.3 * max(times), curve.x[-1] if curve.x else 0.0)
 
 
 def confidence(seeds: int) -> float:

@@ -76,11 +76,10 @@ def loss(benchmark: str, pairs: Mapping[str, Sequence[Run]]) -> Figure:
     figure = Figure(figsize=(8.4, 3.7), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, clock in zip(axes, curves.COLUMNS, strict=True):
-        for optimizer in ordered(pairs):
-            _curves(axis, pairs[optimizer], clock, metric, on_light(optimizer))
+        ends = [_curves(axis, pairs[name], clock, metric, on_light(name)) for name in ordered(pairs)]
         for target in targets.values():
             axis.axhline(target, zorder=1.5, **parts.TARGET_LINE)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.02 * max(ends) or None)
         axis.xaxis.set_major_locator(MaxNLocator(6))
     axes[0].set_xlabel("optimizer steps")
     axes[1].set_xlabel("training time [s]")
@@ -103,7 +102,8 @@ def loss(benchmark: str, pairs: Mapping[str, Sequence[Run]]) -> Figure:
     return figure
 
 
-def _curves(axis: Axes, runs: Sequence[Run], clock: str, metric: str, shade: str) -> None:
+def _curves(axis: Axes, runs: Sequence[Run], clock: str, metric: str, shade: str) -> float:
+    """Draws the seeds of an optimizer; how far along the clock they are worth seeing."""
     curve = curves.over_seeds(runs, metric, clock)
     if len(runs) > _SINGLE:
         axis.fill_between(curve.x, curve.low, curve.high, color=shade, alpha=0.16, linewidth=0, zorder=2)
@@ -119,6 +119,7 @@ def _curves(axis: Axes, runs: Sequence[Run], clock: str, metric: str, shade: str
                 axis.plot([when.get(at, 0.0)], [value[at]], zorder=4, **parts.dot(shade))
     middle = [(x, y) for x, y in zip(curve.x, curve.middle, strict=True) if parts.positive(y)]
     axis.plot(*parts.columns(middle), color=shade, linewidth=2.0, zorder=3)
+    return curves.interesting(runs, curve, clock)
 
 
 def _points(run: Run, horizontal: str, vertical: str) -> list[tuple[float, float]]:
@@ -288,7 +289,7 @@ def curvature(study: Study) -> Figure | None:
     grid = figure.subplots(len(quantities), len(study), squeeze=False, sharex="col")
     for axes, quantity in zip(grid, quantities, strict=True):
         label, scale = CURVATURE[quantity]
-        axes[0].set_ylabel(textwrap.fill(label, 34))
+        axes[0].set_ylabel(textwrap.fill(label, 30, break_on_hyphens=False))
         for axis, pairs in zip(axes, study.values(), strict=True):
             for optimizer in ordered(pairs):
                 traces = [dict(_traces(run, quantity)) for run in pairs[optimizer]]

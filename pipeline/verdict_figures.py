@@ -61,7 +61,7 @@ def speedups(found: Sequence[Speedup]) -> Figure:
         for each in (each for each in found if each.clock == clock):
             assert each.ratio is not None
             place = references.index(each.reference)
-            height = names.index(each.optimizer) + 0.36 * (place - (len(references) - 1) / 2)
+            height = names.index(each.optimizer) + 0.24 * (place - (len(references) - 1) / 2)
             own = [end for end in (each.ratio.low, each.ratio.high) if 0 < end < math.inf]
             axis.plot(own, [height] * len(own), color=on_light(each.optimizer), linewidth=1.6)
             axis.plot(
