@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import synthetic_records as synthetic
+from matplotlib.colors import to_hex
 
 from pipeline import aggregate, figures, looks, statistics, verdicts
 from pipeline.curves import Study
@@ -63,6 +64,19 @@ def test_every_seed_is_drawn_on_both_clocks_with_its_median_and_target(tmp_path:
         for target in (0.2, 0.05):
             assert any(set(line.get_ydata()) == {target} for line in axis.lines)
         assert axis.get_yscale() == "log"
+
+
+def test_more_than_five_seeds_are_a_band_around_their_median(tmp_path: Path) -> None:
+    chosen = synthetic.params(("digits_cnn",), PAIR, tuple(range(6)))
+    records = aggregate.collect(chosen, synthetic.write_study(tmp_path, chosen))
+    for axis in figures.loss("digits_cnn", records["digits_cnn"]).axes:
+        for optimizer in PAIR:
+            own = [line for line in axis.lines if line.get_color() == looks.on_light(optimizer)]
+            assert len(own) == 1
+            band = next(b for b in axis.collections if to_hex(b.get_facecolor()[0][:3]) == looks.on_light(optimizer))
+            (x, y), corners = own[0].get_xydata()[3], band.get_paths()[0].vertices
+            low, *_, high = sorted(height for place, height in corners if place == pytest.approx(x))
+            assert low < y < high
 
 
 def test_runs_that_do_not_finish_are_shown_and_explained(tmp_path: Path) -> None:
