@@ -19,7 +19,6 @@ from pipeline.verdicts import Profile, Speedup
 
 Chart = dict[str, Any]
 _POINTS = 100  # of a curve, at most
-_FAR = 1e3  # times the upper limit: where infinity is drawn
 _MARKS = {"●": "circle", "◆": "diamond", "■": "square"}  # of references
 _NEUTRAL = "#8a8f98"  # readable on both grounds
 
@@ -43,7 +42,7 @@ def loss(pairs: Mapping[str, Sequence[Run]], clock: str) -> Chart:
     low, high = shown or (min(targets.values()), max(targets.values()))
     traces: list[Chart] = []
     for name, curve in drawn.items():
-        traces += _curve(name, curve, high * _FAR)
+        traces += _curve(name, curve)
     end = max((curves.interesting(pairs[name], curve, clock) for name, curve in drawn.items()), default=1.0)
     return {
         "data": traces,
@@ -139,7 +138,7 @@ def curvature(pairs: Mapping[str, Sequence[Run]], quantity: str) -> Chart | None
         return None
     axis = _log(min(values) / 1.2, max(values) * 1.2) if scale == "log" else {"nticks": 5, "zeroline": False}
     return {
-        "data": [trace for name, curve in drawn.items() for trace in _curve(name, curve, max(values), markers=True)],
+        "data": [trace for name, curve in drawn.items() for trace in _curve(name, curve, markers=True)],
         "layout": {
             "xaxis": {"title": {"text": CLOCKS["steps"]}, "rangemode": "tozero", "nticks": 6, "showgrid": False},
             "yaxis": axis,
@@ -241,16 +240,13 @@ def budget(tuned: Mapping[str, Mapping[str, Any]]) -> Chart:
 # ---------------------------------------------------------------- parts of a chart
 
 
-def _curve(name: str, curve: curves.Curve, far: float, markers: bool = False) -> Iterator[Chart]:
+def _curve(name: str, curve: curves.Curve, markers: bool = False) -> Iterator[Chart]:
     """The band, then the line over it; a line ends where the median is infinite."""
-    kept = [place for place, low in enumerate(curve.low) if math.isfinite(low)]
-    if len(kept) > 1 and curve.low != curve.high:
-        x = [curve.x[place] for place in kept]
-        upper = [min(curve.high[place], far) for place in kept]
-        lower = [curve.low[place] for place in kept]
+    x, low, high = curve.band()
+    if len(x) > 1 and low != high:
         yield {
             "type": "scatter", "mode": "lines", "fill": "toself", "legendgroup": name, "hoverinfo": "skip",
-            "x": _shorts([*x, *reversed(x)]), "y": _shorts([*upper, *reversed(lower)]),
+            "x": _shorts([*x, *reversed(x)]), "y": _shorts([*high, *reversed(low)]),
         }  # fmt: skip
     yield {
         "type": "scatter", "mode": "lines+markers" if markers else "lines", "legendgroup": name, "name": name,

@@ -35,6 +35,13 @@ class Curve:
     low: list[float]
     high: list[float]
 
+    def band(self) -> tuple[list[float], list[float], list[float]]:
+        """What of the band can be drawn (x, low, high): where its upper end is infinite it ends at the median."""
+        rows = zip(self.x, self.low, self.middle, self.high, strict=True)
+        kept = [(x, low, middle if math.isinf(high) else high) for x, low, middle, high in rows]
+        x, low, high = ([row[place] for row in kept if math.isfinite(row[2])] for place in range(3))
+        return x, low, high
+
 
 def over_seeds(runs: Sequence[Run], quantity: str, clock: str) -> Curve:
     """The curve of a column of the history on the clock `steps` or `seconds`.

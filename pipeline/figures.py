@@ -106,7 +106,7 @@ def _curves(axis: Axes, runs: Sequence[Run], clock: str, metric: str, shade: str
     """Draws the seeds of an optimizer; how far along the clock they are worth seeing."""
     curve = curves.over_seeds(runs, metric, clock)
     if len(runs) > _SINGLE:
-        axis.fill_between(curve.x, curve.low, curve.high, color=shade, alpha=0.16, linewidth=0, zorder=2)
+        axis.fill_between(*curve.band(), color=shade, alpha=0.16, linewidth=0, zorder=2)
     for run in runs:
         points = _points(run, curves.COLUMNS[clock], metric)
         if len(runs) <= _SINGLE:

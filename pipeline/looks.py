@@ -1,4 +1,4 @@
-"""What the figures for papers and the charts of the page have in common: colours, words, limits and ticks of log axes.
+"""What tables, figures and charts have in common: colours, words, limits and ticks of log axes.
 
 The one idea: an optimizer has one colour, that which the MLflow UI gives it; the same hue is darker or lighter
 where the ground asks for it.
@@ -22,7 +22,7 @@ METRICS = {
     "train_loss": "training loss",
     "validation_loss": "validation loss",
     "validation_error": "validation error",
-    "excess_loss": "excess loss over the teacher",
+    "excess_loss": "excess loss",
 }
 CLOCKS = {"steps": "optimizer steps", "seconds": "training seconds"}
 CURVATURE = {  # of the whole model: quantity -> (words, scale of its axis)

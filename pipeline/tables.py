@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import verdicts
 from pipeline.config import TARGETS, ConfigError
+from pipeline.looks import METRICS
 
 TABLE = "table.csv"
 Table = list[dict[str, Any]]
@@ -27,12 +28,6 @@ TARGET_HEADERS = ("reached\n{target}", "steps to {target}\nmedian [range]", "sec
 COST_HEADERS = ("ms per\nstep", f"{TIMES} sgd")
 SHOWN = ("hard",)  # the target that the terminal's table has room for; the pages have all
 SENTENCES = 9  # of the verdicts, on the terminal
-METRICS = {
-    "train_loss": "training loss",
-    "validation_loss": "validation loss",
-    "validation_error": "validation error",
-    "excess_loss": "excess loss",
-}
 _TEXT_COLUMNS = frozenset({"benchmark", "optimizer", "target_metric", "notes"})
 
 

@@ -50,6 +50,7 @@ def test_a_run_that_diverged_counts_as_infinite_from_there_on() -> None:
         assert curve.middle == [4.0, 3.0, 2.0]
         assert curve.low == [4.0, 2.0, 1.0]
         assert curve.high == [4.0, math.inf, math.inf]
+        assert curve.band() == ([0.0, 10.0, 20.0], [4.0, 2.0, 1.0], [4.0, 3.0, 2.0])  # open above
 
 
 def test_on_the_clock_of_seconds_seeds_are_compared_at_the_same_time() -> None:
