@@ -127,7 +127,7 @@ class Store:
         Means have the name of their group. Settings that only some runs have tell nothing apart, they come from other
         versions of the code; where no other differs, the configuration's checksum does.
         """
-        runs = self.runs(experiment, f"params.optimizer = '{optimizer}'")
+        runs = self.runs(experiment, f"params.optimizer = '{optimizer}' and tags.configuration LIKE '%'")
         settings = {run.data.tags["configuration"]: run.data.params for run in runs}
         shared = set.intersection(*(set(params) for params in settings.values())) if settings else set()
         seen = {name: {params[name] for params in settings.values()} for name in shared - {"seed", "seeds"}}

@@ -257,16 +257,18 @@ def put_mean(store: Store, runs: Sequence[Records]) -> bool:
         client.log_batch(run_id, params=[Param(key, value[:6000]) for key, value in flat.items()])
     points = _points(means.summary(runs), 0, 0.0)
     rows = list(means.curves(runs))
-    stride = math.ceil(len(rows) / POINTS)
+    stride = max(1, math.ceil(len(rows) / POINTS))
     for step, seconds, metrics in [*rows[:-1:stride], *rows[-1:]]:
         points += _points(metrics, step, seconds)
     _log(store, run_id, points)
     with store.turn():
-        for run in older:
-            client.delete_run(run.info.run_id)
         client.set_terminated(run_id)
+        client.set_tag(run_id, "records", checksum)  # it says that all is there
+        for run in store.runs(experiment, f"tags.configuration = '{tags['configuration']}'"):
+            written_meanwhile = run.info.status == "RUNNING" and not store.is_dead(run)
+            if run.info.run_id != run_id and not written_meanwhile:
+                client.delete_run(run.info.run_id)
         store.label(experiment, config["optimizer"])
-        client.set_tag(run_id, "records", checksum)  # last: it says that all is there
     return True
 
 
