@@ -422,7 +422,9 @@ def run_rows(study: Study) -> Iterator[dict[str, Any]]:
 
 
 def _times(value: float | None) -> str:
-    return DASH if value is None else f"{number(value, 3 if value < 1.1 or value >= 10 else 2)}\N{MULTIPLICATION SIGN}"
+    return (
+        DASH if value is None else f"{number(value, 3 if 1 < value < 1.1 or value >= 10 else 2)}\N{MULTIPLICATION SIGN}"
+    )
 
 
 def _value(value: Any) -> str:
