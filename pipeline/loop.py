@@ -38,6 +38,7 @@ from pipeline.evaluation import LOSSES, Evaluation
 from pipeline.probe import Probe
 from pipeline.records import Row
 from pipeline.seeds import number, random_states, set_random_states
+from pipeline.states import plain, whole
 from pipeline.targets import target_keys
 
 DIVERGED_FACTOR = 10.0
@@ -174,7 +175,7 @@ class Training:
         """
         return {
             "progress": vars(self.progress),
-            "modules": {name: module.state_dict() for name, module in self._modules().items()},
+            "modules": {name: plain(module.state_dict()) for name, module in self._modules().items()},
             "probe": self.probe.state(),
             "seconds": self.stopwatch.seconds(),
             "memory_mib": self.memory.mib,
@@ -184,8 +185,9 @@ class Training:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave, in a new process."""
         self.progress = Progress(**state["progress"])
+        package = self.run.target_class.partition(".")[0]
         for name, module in self._modules().items():
-            module.load_state_dict(state["modules"][name])
+            module.load_state_dict(whole(state["modules"][name], package, self.device))
         self.probe.restore(state["probe"])
         self.stopwatch.go_on_from(state["seconds"])
         self.memory.go_on_from(state["memory_mib"])
