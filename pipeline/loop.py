@@ -173,9 +173,10 @@ class Training:
 
         The order of examples is not among it, for it is a function of the seed and ``progress.examples``.
         """
+        modules = {name: module.state_dict() for name, module in self._modules().items()}
         return {
             "progress": vars(self.progress),
-            "modules": {name: plain(module.state_dict()) for name, module in self._modules().items()},
+            "modules": {**modules, "optimizer": plain(modules["optimizer"])},
             "probe": self.probe.state(),
             "seconds": self.stopwatch.seconds(),
             "memory_mib": self.memory.mib,
@@ -186,8 +187,9 @@ class Training:
         """Go on from what ``state`` gave, in a new process."""
         self.progress = Progress(**state["progress"])
         package = self.run.target_class.partition(".")[0]
+        modules = {**state["modules"], "optimizer": whole(state["modules"]["optimizer"], package, self.device)}
         for name, module in self._modules().items():
-            module.load_state_dict(whole(state["modules"][name], package, self.device))
+            module.load_state_dict(modules[name])
         self.probe.restore(state["probe"])
         self.stopwatch.go_on_from(state["seconds"])
         self.memory.go_on_from(state["memory_mib"])
