@@ -174,7 +174,8 @@ class Probe:
 
     def _update(self, step: int, model: nn.Module, damping: float) -> list[Row]:
         """How good the step was that led here, on its own batch; moves the copy to its end."""
-        operator = diagnostics.GGN(self._twin, self._criterion, *(part[: self._most] for part in self._batch))
+        inputs, targets = (part[: self._most] for part in self._batch)
+        operator = diagnostics.GGN(self._twin, self._criterion, inputs, targets)
         loss = self._loss()
         weights = [parameter for _, parameter in _trained(self._twin)]
         gradient = list(torch.autograd.grad(loss, weights, materialize_grads=True))

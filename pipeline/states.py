@@ -41,7 +41,8 @@ def whole(value: Any, package: str, device: torch.device) -> Any:
     if isinstance(value, dict):
         if value.keys() != {_CLASS, _ATTRIBUTES}:
             return {key: whole(item, package, device) for key, item in value.items()}
-        made = object.__new__(_class(*value[_CLASS], package))
+        module, name = value[_CLASS]
+        made: Any = object.__new__(_class(module, name, package))
         vars(made).update(_moved(whole(value[_ATTRIBUTES], package, device), device))
         return made
     if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
