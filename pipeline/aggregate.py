@@ -115,7 +115,7 @@ def _check_same(run: records.Run, expected: Mapping[str, Any], command: str) -> 
     for key, value in expected.items():
         if key not in _SAME_RUN and run.config.get(key) != value:
             raise ConfigError(
-                f"{run.folder}: trained with {key} {run.config.get(key)!r}, params.yaml has {value!r}; {command} again"
+                f"{run.folder}: trained with {key} {run.config.get(key)!r}, now it is {value!r}; {command} again"
             )
 
 
