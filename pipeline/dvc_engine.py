@@ -1,0 +1,160 @@
+"""Trains the trials of a tuning through DVC's queue: `dvc exp run --queue -S …`, then `dvc queue start -j N`.
+
+The one idea: experiments are only the road. Each trial is one, by a name that says what it is; its records are taken
+into trials/ as soon as it is over, and then the experiment is removed, so that `dvc exp show` stays readable. What
+counts is whether the records are there: what has none when no worker is left is queued again.
+
+Points are queued in this process, by the function behind the command: a third of a second each instead of three.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checks import ConfigError
+from pipeline.composition import ROOT
+from pipeline.recover import Recovery, lost
+from pipeline.trials import Trial
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+SECONDS = 11.0  # that a trial takes besides its training: starting processes, copies of commit and data
+TIMES = 3  # that a trial is queued at most
+ROUNDS = TIMES + 2  # of queueing and waiting; one may find a queue that others filled, the last finds nothing to do
+LOOK_EVERY = 1.0  # seconds
+GRACE = 30.0  # seconds without a worker after which what was queued is taken to be left
+
+
+def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None]) -> Counter[str]:
+    """Train what has no records, and tell `over` of each that has some; how often each was queued, by name.
+
+    A trial that fails again and again is left without records. Raises ConfigError when DVC refuses.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    try:
+        with Repo(str(ROOT)) as repo:
+            queue = Queue(repo, trials, over)
+            for _ in range(ROUNDS):
+                if not queue.round(workers):
+                    break
+            return queue.queued
+    except DvcException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+class Queue:
+    """The trials on their way; `queued` counts how often each was put there."""
+
+    def __init__(self, repo: Repo, trials: Sequence[Trial], over: Callable[[Trial], None]) -> None:
+        self.repo, self.over = repo, over
+        self.queued: Counter[str] = Counter()
+        self.missing = {trial.name: trial for trial in trials if trial.records() is None}
+        self._trials = {trial.name: trial for trial in trials}
+        self._celery = repo.experiments.celery_queue
+
+    def round(self, workers: int) -> bool:
+        """Queue what is missing and wait for it; False when there was nothing to wait for."""
+        self._collect()
+        self._clear()
+        self._recover()
+        under_way = {entry.name for entry in [*self._celery.iter_queued(), *self._celery.iter_active()]}
+        again = [trial for name, trial in self.missing.items() if self.queued[name] < TIMES and name not in under_way]
+        if not again and not under_way & self.missing.keys():
+            return False
+        for trial in again:
+            self._put(trial)
+        command = [sys.executable, "-m", "dvc", "queue", "start", "-j", str(workers)]
+        subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+        self._wait()
+        return True
+
+    def _put(self, trial: Trial) -> None:
+        stage = f"train@{trial.benchmark}-{trial.optimizer}"
+        self._patiently(
+            lambda: self.repo.experiments.run(
+                targets=[stage], queue=True, name=trial.name, params=list(trial.overrides)
+            )
+        )
+        self.queued[trial.name] += 1
+
+    def _wait(self) -> None:
+        """Until nothing that was asked is under way, collecting what is over."""
+        seen = time.monotonic()
+        while True:
+            self._collect()
+            failed = {done.entry.name for done in self._celery.iter_failed()}
+            if not self.missing.keys() - failed:
+                return
+            if Recovery(ROOT).dvc_processes()[0]:
+                seen = time.monotonic()
+            elif time.monotonic() - seen > GRACE:
+                return
+            time.sleep(LOOK_EVERY)
+
+    def _collect(self) -> None:
+        """Take the records of experiments that are over."""
+        from dvc.fs.dvc import DVCFileSystem
+
+        for name, revision in self._experiments().items():
+            trial = self.missing.get(name)
+            if trial is None:
+                continue
+            with tempfile.TemporaryDirectory() as folder, contextlib.suppress(FileNotFoundError, ConfigError):
+                pair = f"results/{trial.benchmark}/{trial.optimizer}"
+                files = DVCFileSystem(repo=str(ROOT), rev=revision)
+                files.get(pair, str(Path(folder) / trial.benchmark / trial.optimizer), recursive=True)
+                trial.keep(Path(folder))
+                del self.missing[name]
+                self.over(trial)
+
+    def _experiments(self) -> dict[str, str]:
+        """Commits of those experiments that are trials of this tuning, by name."""
+        from dvc.repo.experiments.utils import exp_refs
+
+        found = {info.name: self.repo.scm.get_ref(str(info)) for info in exp_refs(self.repo.scm)}
+        return {name: revision for name, revision in found.items() if name in self._trials and revision}
+
+    def _clear(self) -> None:
+        """Remove the experiments of trials, and their tasks that failed."""
+        if names := list(self._experiments()):
+            self._patiently(lambda: self.repo.experiments.remove(exp_names=names))
+        failed = [done.entry.name for done in self._celery.iter_failed() if done.entry.name in self.missing]
+        if failed:
+            self._patiently(lambda: self._celery.remove(failed))
+
+    def _recover(self) -> None:
+        """After the death of workers, see to what they had taken."""
+        if Recovery(ROOT).dvc_processes()[0]:
+            return
+        if names := [entry.name for entry in lost(self._celery)]:
+            recovery = Recovery(ROOT)
+            recovery.run()
+            print("\n".join(recovery.done + recovery.left), flush=True)
+            self.queued.update(name for name in names if name in self.missing)
+
+    def _patiently(self, call: Callable[[], Any]) -> None:
+        """Workers lock the repository for moments."""
+        from dvc.lock import LockError
+
+        deadline = time.monotonic() + GRACE
+        while True:
+            try:
+                call()
+                return
+            except LockError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOOK_EVERY)
