@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,13 @@ LOOK_EVERY = 1.0  # seconds
 GRACE = 30.0  # seconds without a worker after which what was queued is taken to be left
 
 
-def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None]) -> Counter[str]:
-    """Train what has no records, and tell `over` of each that has some; how often each was queued, by name.
+def train(
+    trials: Sequence[Trial], workers: int, over: Callable[[Trial], None], ours: Collection[str] = ()
+) -> Counter[str]:
+    """Train these, and tell `over` of each that has records; how often each was queued, by name.
 
-    A trial that fails again and again is left without records. Raises ConfigError when DVC refuses.
+    Experiments whose names are `ours` are left of an earlier tuning, and removed. A trial that fails again and again is
+    left without records. Raises ConfigError when DVC refuses.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -46,7 +49,7 @@ def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None]) 
     logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
         with Repo(str(ROOT)) as repo:
-            queue = Queue(repo, trials, over)
+            queue = Queue(repo, trials, over, {*ours, *(trial.name for trial in trials)})
             for _ in range(ROUNDS):
                 if not queue.round(workers):
                     break
@@ -58,11 +61,13 @@ def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None]) 
 class Queue:
     """The trials on their way; `queued` counts how often each was put there."""
 
-    def __init__(self, repo: Repo, trials: Sequence[Trial], over: Callable[[Trial], None]) -> None:
+    def __init__(
+        self, repo: Repo, trials: Sequence[Trial], over: Callable[[Trial], None], ours: Collection[str]
+    ) -> None:
         self.repo, self.over = repo, over
         self.queued: Counter[str] = Counter()
-        self.missing = {trial.name: trial for trial in trials if trial.records() is None}
-        self._trials = {trial.name: trial for trial in trials}
+        self.missing = {trial.name: trial for trial in trials}
+        self._ours = ours
         self._celery = repo.experiments.celery_queue
 
     def round(self, workers: int) -> bool:
@@ -125,7 +130,7 @@ class Queue:
         from dvc.repo.experiments.utils import exp_refs
 
         found = {info.name: self.repo.scm.get_ref(str(info)) for info in exp_refs(self.repo.scm)}
-        return {name: revision for name, revision in found.items() if name in self._trials and revision}
+        return {name: revision for name, revision in found.items() if name in self._ours and revision}
 
     def _clear(self) -> None:
         """Remove the experiments of trials, and their tasks that failed."""

@@ -11,6 +11,7 @@ What a node keeps (downloads, checkpoints, an MLflow store if MLFLOW_TRACKING_UR
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ NOT_SENT = (".git", ".dvc", ".venv", "data", "results", "trials", "raw", "checkp
 
 
 def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None], gpu_share: float = 1.0) -> Counter[str]:
-    """Train what has no records, and tell `over` of each that has some; how often each was asked for, by name.
+    """Train these, and tell `over` of each that has records; how often each was asked for, by name.
 
     `workers` is their number on this machine; a cluster has as many as it has room for. A trial whose training fails is
     left without records. Raises ConfigError where Ray is not installed or its cluster does not answer.
@@ -43,13 +44,10 @@ def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None], 
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_train)
         waiting = {}
         for trial in trials:
-            if trial.records() is None:
-                pair, names = (
-                    (trial.benchmark, trial.optimizer),
-                    (trial.key, "images" if _has_images(trial) else "planted"),
-                )
-                waiting[task.options(name=trial.name).remote(*pair, *names, _params(trial), _variables())] = trial
-                asked[trial.name] += 1
+            stage = "prepare" if "source" in trial.run.data else "toy"
+            words = (trial.benchmark, trial.optimizer, trial.key, stage, _params(trial), _variables())
+            waiting[task.options(name=trial.name).remote(*words)] = trial
+            asked[trial.name] += 1
         while waiting:
             [done], _ = ray.wait(list(waiting))
             _take(ray, done, waiting.pop(done), over)
@@ -65,18 +63,13 @@ def _connect(workers: int) -> Any:
         raise ConfigError("engine: ray is not installed; `pip install '.[ray]'`, or --engine dvc") from None
     address = os.environ.get("RAY_ADDRESS", "local")
     environment = {"working_dir": str(ROOT), "excludes": [f"/{name}" for name in NOT_SENT]}
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # tasks without a GPU leave the variables alone
     try:
         here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="warning", **here)
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"RAY_ADDRESS: {address!r} cannot be used: {reason}; allowed: auto, HOST:PORT") from None
     return ray
-
-
-def _has_images(trial: Trial) -> bool:
-    return "source" in trial.run.data
 
 
 def _params(trial: Trial) -> str:
@@ -93,7 +86,7 @@ def _variables() -> dict[str, str]:
 
 
 def _train(
-    benchmark: str, optimizer: str, key: str, data: str, params: str, variables: Mapping[str, str]
+    benchmark: str, optimizer: str, key: str, stage: str, params: str, variables: Mapping[str, str]
 ) -> dict[str, bytes]:
     """On a node: make the data, train, and bring what lies in results/. Raises what the stages printed."""
     node = Path(tempfile.gettempdir()) / f"kfac-bench-{os.getuid()}"
@@ -104,7 +97,6 @@ def _train(
         **os.environ, **variables, "DVC_ROOT": str(node), "PYTHONPATH": os.getcwd(),
         "DVC_STAGE": f"train@{benchmark}-{optimizer}",  # so that it ends, with a checkpoint, when this process dies
     }  # fmt: skip
-    stage = "prepare" if data == "images" else "toy"
     for words in ([f"pipeline.{stage}", benchmark], ["pipeline.train", benchmark, optimizer]):
         ended = subprocess.run(
             [sys.executable, "-m", *words], cwd=place, env=environment, capture_output=True, text=True, check=False

@@ -15,12 +15,13 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.checks import COUNT, NATURAL, Choice, ConfigError, ListOf, Number, check, unknown
 from pipeline.validation import ARGUMENTS, CONF, available
 
 if TYPE_CHECKING:
+    from pipeline.records import Run
     from pipeline.trials import Pair, Trial
     from pipeline.tuning_evidence import Evidence
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SEED = 1000  # of tuning; the comparison's are 0, 1, 2, ...
 TRIALS = {"cpu": 8, "cuda": 16}
+COLUMNS = ("benchmark", "optimizer", "asked", "found", "queued", "again", "missing", "chosen", "won by trial 1", "edge")
 NOT_SET = ("benchmark", "optimizer", "study", "seeds", "diagnostics")  # by --set: they have options, or are given
 
 
@@ -98,7 +100,7 @@ def _names(group: str, text: str) -> tuple[str, ...]:
     return names
 
 
-def _checked(field: str, word: str, rule: Number) -> int | float:
+def _checked(field: str, word: str, rule: Number) -> Any:
     value = _number(word)
     check(field, value, rule)
     return value
@@ -141,29 +143,39 @@ def tune(given: argparse.Namespace) -> int:
     if given.dry_run:
         _show_plan(asked, given.engine, given.workers)
         return 0
-    found = {pair: sum(trial.records() is not None for trial in of) for pair, of in asked.items()}
-    queued = _train(asked, given)
+    found = _records(asked)
+    queued = _train(asked, found, given)
+    runs = _records(asked)
+    _check_comparable(asked, runs)
     complete = {}
     for pair, of in asked.items():
-        runs = [trial.records() for trial in of]
-        if None not in runs or given.accept_missing:
-            complete[pair] = book.evidence(choice, of, [each or [] for each in runs], before.get(pair))
-    _check_comparable(asked)
-    for evidence in complete.values():
-        book.write(evidence)
+        if given.accept_missing or all(runs[trial.name] for trial in of):
+            complete[pair] = book.evidence(choice, of, [runs[trial.name] for trial in of], before.get(pair))
+            book.write(complete[pair])
     book.publish(book.read())
-    print()
-    for line in _table(asked, found, queued, complete):
-        print(line)
+    missing = [trial for of in asked.values() for trial in of if not runs[trial.name]]
+    lines = [
+        (
+            len(of),
+            *(sum(bool(kept[trial.name]) for trial in of) for kept in (found, runs)),
+            [queued[t.name] for t in of],
+        )
+        for of in asked.values()
+    ]
+    print("\n".join(["", *_table(lines, dict.fromkeys(asked) | complete)]))
     if given.write:
         _write(asked, complete)
-    missing = [trial for of in asked.values() for trial in of if trial.records() is None]
     for trial in missing:
         why = f"`dvc queue logs {trial.name}` says why; " if given.engine == "dvc" else ""
         sys.stderr.write(
             f"{trial.title} ({book.text(trial.values)}): has no record; {why}the same command tries again\n"
         )
     return int(bool(missing) and not given.accept_missing)
+
+
+def _records(asked: Asked) -> dict[str, list[Run]]:
+    """The records of every trial, by its name; none where one of its seeds has none."""
+    return {trial.name: trial.records() or [] for of in asked.values() for trial in of}
 
 
 def _default_trials(settings: Sequence[str]) -> int:
@@ -174,31 +186,31 @@ def _default_trials(settings: Sequence[str]) -> int:
     return TRIALS["cuda" if on_gpu else "cpu"]
 
 
-def _train(asked: Asked, given: argparse.Namespace) -> Counter[str]:
+def _train(asked: Asked, found: Mapping[str, list[Run]], given: argparse.Namespace) -> Counter[str]:
     """Train what has no records; how often each trial was queued, by name."""
     from pipeline import dvc_engine, ray_engine
 
     trials = [trial for of in asked.values() for trial in of]
-    left = [trial for trial in trials if trial.records() is None]
-    print(f"{len(trials)} trials, {len(trials) - len(left)} have records")
-    if not left:
-        return Counter()
+    missing = [trial for trial in trials if not found[trial.name]]
+    print(f"{len(trials)} trials, {len(trials) - len(missing)} have records", flush=True)
     count = [0]
 
     def over(trial: Trial) -> None:
         count[0] += 1
-        print(f"[{count[0]}/{len(left)}] {_outcome(trial)}", flush=True)
+        print(f"[{count[0]}/{len(missing)}] {_outcome(trial)}", flush=True)
 
+    if not missing:
+        return Counter()
     if given.engine == "ray":
-        return ray_engine.train(trials, given.workers, over, given.gpu_share)
-    return dvc_engine.train(trials, given.workers, over)
+        return ray_engine.train(missing, given.workers, over, given.gpu_share)
+    return dvc_engine.train(missing, given.workers, over, {trial.name for trial in trials})
 
 
 def _outcome(trial: Trial) -> str:
     from pipeline.selection import judged, target
     from pipeline.tuning_evidence import text
 
-    result = judged(trial.values, trial.records())
+    result = judged(trial.values, trial.records() or [])
     reached = target([result])
     came = (
         f"{reached} target after {result.seconds[reached]:.2f} s"
@@ -210,14 +222,14 @@ def _outcome(trial: Trial) -> str:
     return f"{trial.title} ({text(trial.values)}): {came}, best validation loss {result.best_loss:.4g}"
 
 
-def _check_comparable(asked: Asked) -> None:
+def _check_comparable(asked: Asked, runs: Mapping[str, list[Run]]) -> None:
     """Refuse to choose by seconds of several machines."""
     from pipeline import comparability
 
     for benchmark in dict.fromkeys(benchmark for benchmark, _ in asked):
-        runs = {o: [r for t in of for r in t.records() or []] for (b, o), of in asked.items() if b == benchmark}
+        pairs = {o: [run for t in of for run in runs[t.name]] for (b, o), of in asked.items() if b == benchmark}
         try:
-            comparability.check(benchmark, runs)
+            comparability.check(benchmark, {name: of for name, of in pairs.items() if of})
         except ConfigError as error:
             differ = str(error).rpartition("; ")[0]
             raise ConfigError(f"{differ}; `rm -r trials/{benchmark}` and tune again on one machine") from None
@@ -265,24 +277,18 @@ def _seconds(benchmark: str, trials: Sequence[Trial]) -> float | None:
     return trials[0].run.seconds
 
 
-def _table(
-    asked: Asked, found: Mapping[Pair, int], queued: Counter[str], complete: Mapping[Pair, Evidence]
-) -> list[str]:
+def _table(counts: Sequence[tuple[int, int, int, list[int]]], complete: Mapping[Pair, Evidence | None]) -> list[str]:
+    """A line a pair: trials asked, found at the start and at the end, how often each was queued; what was chosen."""
     from pipeline.tuning_evidence import text, winner
 
-    rows = [
-        ("benchmark", "optimizer", "asked", "found", "queued", "again", "missing", "chosen", "won by trial 1", "edge")
-    ]
-    for pair, of in asked.items():
-        times = [queued[trial.name] for trial in of]
-        evidence = complete.get(pair)
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for (asked, found, there, times), (pair, evidence) in zip(counts, complete.items(), strict=True):
+        again = sum(max(0, n - 1) for n in times)
         judged = ("-", "-", "-")
         if evidence is not None:
             won = "yes" if evidence["won_by_first"] else "no"
             judged = (text(evidence["chosen"]), won, ", ".join(winner(evidence)["edge"]) or "no")
-        missing = sum(trial.records() is None for trial in of)
-        counts = (len(of), found[pair], sum(map(bool, times)), sum(max(0, n - 1) for n in times), missing)
-        rows.append((*pair, *map(str, counts), *judged))
+        rows.append((*pair, *map(str, (asked, found, sum(map(bool, times)), again, asked - there)), *judged))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -316,7 +322,9 @@ def widen(asked: Asked, before: Mapping[Pair, Evidence], *, dry: bool) -> bool:
     any_changed = False
     for (benchmark, optimizer), of in asked.items():
         evidence = before.get((benchmark, optimizer))
-        for edge in winner(evidence)["edge"] if evidence else ():
+        if evidence is None:
+            continue
+        for edge in winner(evidence)["edge"]:
             field, _, side = edge.partition(": ")
             dimension = next((d for d in of[0].space if d.field == field), None)
             if dimension is None or evidence["ranges"].get(field) != list(dimension.ends):
