@@ -79,6 +79,7 @@ class Queue:
         again = [trial for name, trial in self.missing.items() if self.queued[name] < TIMES and name not in under_way]
         if not again and not under_way & self.missing.keys():
             return False
+        self.queued.update(name for name in under_way & self.missing.keys() if not self.queued[name])  # by others
         for trial in again:
             self._put(trial)
         command = [sys.executable, "-m", "dvc", "queue", "start", "-j", str(workers)]

@@ -25,6 +25,7 @@ from pipeline.config import Params, RunConfig, load, resolve, view
 from pipeline.records import FILES, Run, copy_run, read_run
 from pipeline.search import Dimension, Values, declared, points, space
 from pipeline.signatures import REQUIRED, UNREADABLE, signature
+from pipeline.validation import maps_benchmarks
 
 FOLDER = ROOT / "trials"
 SEARCH = ROOT / "pipeline" / "conf" / "search"
@@ -148,10 +149,11 @@ def _of_pair(
     trials = []
     for number, values in enumerate(settings, 1):
         changed = copy.deepcopy({**composed, "optimizer": {optimizer: composed["optimizer"][optimizer]}})
+        overrides = list(base)
         for field, value in values.items():
-            _set(changed["optimizer"][optimizer], field, value)
+            place = _set(changed["optimizer"][optimizer], field, benchmark, value)
+            overrides.append(f"++optimizer.{optimizer}.{place}={_word(value)}")
         run = resolve(view(changed), benchmark, optimizer)
-        overrides = [*base, *(f"++optimizer.{optimizer}.{field}={_word(value)}" for field, value in values.items())]
         trials.append(Trial(benchmark, optimizer, number, values, run, tuple(overrides), tuple(found), now))
     return trials
 
@@ -182,11 +184,15 @@ def _defaults(target: str) -> Values:
     return {name: value for name, value in known.items() if value is not REQUIRED and value is not UNREADABLE}
 
 
-def _set(fields: dict[str, Any], path: str, value: Any) -> None:
+def _set(fields: dict[str, Any], path: str, benchmark: str, value: Any) -> str:
+    """Set a field, or the benchmark's entry where it is a mapping by benchmark; the path of what was set."""
     *outer, name = path.split(".")
     for part in outer:
         fields = fields.setdefault(part, {})
+    if maps_benchmarks(fields.get(name)):
+        fields, name, path = fields[name], benchmark, f"{path}.{benchmark}"
     fields[name] = copy.deepcopy(value)
+    return path
 
 
 def _word(value: Any) -> str:

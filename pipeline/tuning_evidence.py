@@ -54,7 +54,7 @@ def evidence(
     won, target = selection.best(judged), selection.target(judged)
     ranges = {d.field: list(d.choices if d.kind == "choice" else d.ends) for d in trials[0].space}
     environments = [run.environment for of in runs for run in of]
-    started = max((float(environment["start_time"]) for environment in environments), default=0.0)
+    started = max((float(environment.get("start_time") or 0.0) for environment in environments), default=0.0)
     widened = 0
     if before is not None:
         widened = before["trials_before_widening"] + (len(before["trials"]) if before["ranges"] != ranges else 0)
@@ -62,7 +62,7 @@ def evidence(
         "benchmark": trials[0].benchmark,
         "optimizer": trials[0].optimizer,
         "date": datetime.datetime.fromtimestamp(started, datetime.UTC).date().isoformat(),
-        "device": next((environment["device_name"] for environment in environments), None),
+        "device": next((environment.get("device_name") for environment in environments), None),
         "seeds": list(choice.seeds),
         "points": "grid" if choice.grid else "sobol",
         "ranges": ranges,
