@@ -11,6 +11,7 @@ Exit status: 0 when every pair was judged, 1 when trials have no record, 2 for a
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 from collections import Counter
@@ -39,6 +40,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: DVC has Git to put in order before it ends
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(tune(_arguments(arguments)))
     except ConfigError as error:
