@@ -28,7 +28,7 @@ from pipeline.trials import Trial
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
-SECONDS = 11.0  # that a trial takes besides its training: starting processes, copies of commit and data
+SECONDS = 10.5  # that a trial takes besides its training: starting processes, copies of commit and data
 TIMES = 3  # that a trial is queued at most
 ROUNDS = TIMES + 2  # of queueing and waiting; one may find a queue that others filled, the last finds nothing to do
 LOOK_EVERY = 1.0  # seconds

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None], 
         waiting = {}
         for trial in trials:
             stage = "prepare" if "source" in trial.run.data else "toy"
-            words = (trial.benchmark, trial.optimizer, trial.key, stage, _params(trial), _variables())
+            words = (trial.benchmark, trial.optimizer, trial.key, stage, _params(trial), _variables(trial))
             waiting[task.options(name=trial.name).remote(*words)] = trial
             asked[trial.name] += 1
         while waiting:
@@ -79,10 +80,11 @@ def _params(trial: Trial) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def _variables() -> dict[str, str]:
-    """What the user's environment says of data, store and threads."""
+def _variables(trial: Trial) -> dict[str, str]:
+    """What the user's environment says of data, store and threads, and what DVC would say of the trial."""
     names = ("IMAGE_FOLDER", "MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")
-    return {name: os.environ[name] for name in names if name in os.environ}
+    here = {name: os.environ[name] for name in names if name in os.environ}
+    return {**here, "DVC_EXP_NAME": trial.name, "DVC_STAGE": f"train@{trial.benchmark}-{trial.optimizer}"}
 
 
 def _train(
@@ -93,18 +95,18 @@ def _train(
     place = node / "tasks" / key
     place.mkdir(parents=True, exist_ok=True)
     (place / "params.yaml").write_text(params, encoding="utf-8")
-    environment = {
-        **os.environ, **variables, "DVC_ROOT": str(node), "PYTHONPATH": os.getcwd(),
-        "DVC_STAGE": f"train@{benchmark}-{optimizer}",  # so that it ends, with a checkpoint, when this process dies
-    }  # fmt: skip
+    # With DVC_STAGE among the variables it ends, and leaves a checkpoint, when this process dies.
+    environment = {**os.environ, **variables, "DVC_ROOT": str(node), "PYTHONPATH": os.getcwd()}
     for words in ([f"pipeline.{stage}", benchmark], ["pipeline.train", benchmark, optimizer]):
         ended = subprocess.run(
             [sys.executable, "-m", *words], cwd=place, env=environment, capture_output=True, text=True, check=False
         )
         if ended.returncode:
             raise RuntimeError(f"{' '.join(words)} ended with {ended.returncode}: {ended.stderr.strip()[-2000:]}")
-    files = [path for path in (place / "results").rglob("*") if path.is_file()]
-    return {str(path.relative_to(place / "results")): path.read_bytes() for path in files}
+    found = [path for path in (place / "results").rglob("*") if path.is_file()]
+    files = {str(path.relative_to(place / "results")): path.read_bytes() for path in found}
+    shutil.rmtree(place)
+    return files
 
 
 def _take(ray: Any, done: Any, trial: Trial, over: Callable[[Trial], None]) -> None:

@@ -258,9 +258,7 @@ def _show_plan(asked: Asked, engine: str, workers: int) -> None:
                 total += beside + (seconds or 0.0)
     print(f"{sum(map(len, asked.values()))} trials of {len(asked)} pairs, {left} to train")
     without = f"; training of {untold} is not in it, no record or budget tells how long it takes" if untold else ""
-    print(
-        f"about {total / workers / 60:.1f} min with {workers} at a time, {beside:.0f} s each beside training{without}"
-    )
+    print(f"about {total / workers / 60:.1f} min with {workers} at a time, {beside:g} s each beside training{without}")
 
 
 def _seconds(benchmark: str, trials: Sequence[Trial]) -> float | None:
