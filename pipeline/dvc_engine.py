@@ -94,10 +94,15 @@ class Queue:
         if not again and not under_way & self.missing.keys():
             return False
         self.queued.update(name for name in under_way & self.missing.keys() if not self.queued[name])  # by others
+        failed = [name for name in self._failed() if name in self.missing]
+        if failed:  # else they would seem to have failed again
+            self._patiently(lambda: self._celery.remove(failed))
         for trial in again:
             self._put(trial)
-        command = [sys.executable, "-m", "dvc", "queue", "start", "-j", str(workers)]
-        subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+        start = [sys.executable, "-m", "dvc", "queue", "start", "-j", str(workers)]
+        nothing = subprocess.DEVNULL  # to a pipe, the command would hold on until the workers end
+        if subprocess.run(start, cwd=ROOT, stdin=nothing, stdout=nothing, stderr=nothing, check=False).returncode:
+            raise ConfigError(f"`dvc queue start -j {workers}` failed; it says why, the trials stay queued")
         self._wait()
         return True
 
@@ -115,8 +120,7 @@ class Queue:
         seen = time.monotonic()
         while True:
             self._collect()
-            failed = {done.entry.name for done in self._celery.iter_failed()}
-            if not self.missing.keys() - failed:
+            if not self.missing.keys() - self._failed():
                 return
             if Recovery(ROOT).dvc_processes()[0]:
                 seen = time.monotonic()
@@ -140,6 +144,9 @@ class Queue:
                 del self.missing[name]
                 self.over(trial)
 
+    def _failed(self) -> set[str]:
+        return {done.entry.name for done in self._celery.iter_failed()}
+
     def _experiments(self) -> dict[str, str]:
         """Commits of those experiments that are trials of this tuning, by name."""
         from dvc.repo.experiments.utils import exp_refs
@@ -148,12 +155,9 @@ class Queue:
         return {name: revision for name, revision in found.items() if name in self._ours and revision}
 
     def _clear(self) -> None:
-        """Remove the experiments of trials, and their tasks that failed."""
+        """Remove the experiments of trials: what they were for is in trials/."""
         if names := list(self._experiments()):
             self._patiently(lambda: self.repo.experiments.remove(exp_names=names))
-        failed = [done.entry.name for done in self._celery.iter_failed() if done.entry.name in self.missing]
-        if failed:
-            self._patiently(lambda: self._celery.remove(failed))
 
     def _recover(self) -> None:
         """After the death of workers, see to what they had taken."""
