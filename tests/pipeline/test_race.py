@@ -28,11 +28,11 @@ def data() -> Data:
     draw = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
-        pixels = torch.rand(count, 16, generator=draw).pow(4)
+        pixels = torch.rand(count, 400, generator=draw).pow(4)
         return Split(pixels, pixels)
 
     parts = {part: split(1000) for part in ("train", "validation", "test")}
-    return Data(**parts, population=None, teacher_loss=None, input_shape=(16,), outputs=16, manifest={})
+    return Data(**parts, population=None, teacher_loss=None, input_shape=(400,), outputs=400, manifest={})
 
 
 def test_a_run_in_turns_is_the_run_by_itself(small: Params, data: Data) -> None:
