@@ -43,7 +43,10 @@ def of_mean(benchmark: str, optimizer: str, seeds: Sequence[int]) -> str:
     return f"Mean over the seeds {', '.join(map(str, seeds))} in `results/{benchmark}/{optimizer}`. Report: `{REPORT}`."
 
 
-_CLOCK = "The time axis is training time: gradient and step, without evaluation, logging, diagnostics."
+_CLOCK = (
+    "The time axis is training time: gradient and step, without evaluation, logging, diagnostics. All rules:"
+    " `docs/protocol.md`."
+)
 
 
 def _question(config: Mapping[str, Any]) -> str:
@@ -54,5 +57,5 @@ def _question(config: Mapping[str, Any]) -> str:
     return (
         f"**Question:** which optimizer brings the {metric} of {config['benchmark']} to the target first, in steps and"
         f" in seconds? **Targets:** {targets}. **Protocol{version}:** at a seed the same weights and batches for all,"
-        f" {config['steps']} steps{seconds}, evaluated every {config['evaluate_every']} (docs/protocol.md)."
+        f" {config['steps']} steps{seconds}, evaluated every {config['evaluate_every']}."
     )
