@@ -13,7 +13,7 @@ REPORT = "report/index.html"
 
 
 def of_benchmark(config: Mapping[str, Any]) -> str:
-    """Question, targets and protocol in the first paragraph, which the UI shows unfolded."""
+    """Question, targets and protocol in the first paragraph, which the UI shows unfolded, and raw in lists."""
     return (
         f"{_question(config)}\n\nA run is a seed; a group is one setting of an optimizer, its line the mean over seeds,"
         " its band their spread. Bars of steps and seconds are means over the seeds that reached the target: read them"
@@ -25,7 +25,7 @@ def of_benchmark(config: Mapping[str, Any]) -> str:
 def of_means(config: Mapping[str, Any]) -> str:
     """The same for the experiment of a benchmark's means."""
     return (
-        f"{_question(config)}\n\nA run is the mean over all seeds of an optimizer, as `aggregate` found them; *_low*"
+        f"Means over seeds. {_question(config)}\n\nA run is the mean of an optimizer, as `aggregate` found it; *_low*"
         f" and *_high*, broken lines, are the limits of its {LEVEL:.0%} interval (t distribution over seeds; losses on"
         f" the logarithmic scale). A curve ends where the first of its seeds does. {_CLOCK} The runs themselves are in"
         f" *{config['benchmark']}*, verdicts in `{REPORT}`."
@@ -55,7 +55,7 @@ def _question(config: Mapping[str, Any]) -> str:
     version = f" {config['protocol']}" if "protocol" in config else ""
     seconds = "" if config["seconds"] is None else f" or {config['seconds']:g} s"
     return (
-        f"**Question:** which optimizer brings the {metric} of {config['benchmark']} to the target first, in steps and"
-        f" in seconds? **Targets:** {targets}. **Protocol{version}:** at a seed the same weights and batches for all,"
+        f"Which optimizer brings the {metric} of {config['benchmark']} to the target first, in steps and in seconds?"
+        f" **Targets:** {targets}. **Protocol{version}:** at a seed the same weights and batches for all,"
         f" {config['steps']} steps{seconds}, evaluated every {config['evaluate_every']}."
     )
