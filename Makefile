@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := true
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help repro exp-show ui recover test test-all lint lock
+.PHONY: help repro exp-show tune ui recover test test-all lint lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -29,11 +29,14 @@ $(READY): requirements.lock
 repro: $(READY)  ## run the benchmark (dvc repro) and print the comparison
 	dvc repro
 	@python -m pipeline.aggregate --show
-	@echo 'Next: report/report.md has the figures; `make ui` opens the runs in MLflow; `make exp-show` lists experiments;'
+	@echo 'Next: report/index.html is the report as a page; `make ui` opens the runs in MLflow; `make exp-show` lists experiments;'
 	@echo '      dvc exp run -S optimizer=ekfac trains E-KFAC alone (source .venv/bin/activate first).'
 
 exp-show: $(READY)  ## list experiments with what they changed and their steps to target
 	dvc exp show --only-changed --drop 'Created|State|Executor|^data/|^kfac|^pipeline|^results'
+
+tune: $(READY)  ## the same number of trials for every optimizer; options in ARGS, as in make tune ARGS=--dry-run
+	@python -m pipeline.tune $(ARGS)
 
 ui: $(READY)  ## serve the MLflow UI of this repository on loopback
 	python -m pipeline.tracking ui

@@ -59,9 +59,8 @@ def root() -> Path:
     return workspace() / "checkpoints"
 
 
-def _code(target: type) -> dict[str, str]:
-    """Checksums of the files that the stage `train` depends on (without a dvc.yaml: of all code), and of the one that
-    defines the optimizer."""
+def code() -> dict[str, str]:
+    """Checksums of the files that the stage `train` depends on (without a dvc.yaml: of all code)."""
     from ruamel.yaml import YAML
 
     tree = Path(__file__).parents[1]
@@ -70,7 +69,12 @@ def _code(target: type) -> dict[str, str]:
         stages = YAML(typ="safe", pure=True).load(tree / "dvc.yaml")["stages"]
         named = [tree / name for name in stages["train"]["deps"] if not name.startswith("data/")]
     files = {file for path in named for file in ([path] if path.is_file() else path.rglob("*.py"))}
-    checksums = {str(file.relative_to(tree)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(tree)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _code(target: type) -> dict[str, str]:
+    """The same, and of the file that defines the optimizer."""
+    checksums = code()
     defined = getattr(sys.modules[target.__module__], "__file__", None)
     if defined is not None:
         checksums[target.__module__] = hashlib.sha256(Path(defined).read_bytes()).hexdigest()

@@ -63,7 +63,7 @@ class Recovery:
     def run(self) -> None:
         from dvc.repo import Repo
 
-        workers, others = self._dvc_processes()
+        workers, others = self.dvc_processes()
         if others:
             what = "; ".join(f"process {process.pid}: {' '.join(process.cmdline()[-3:])}" for process in others)
             raise ConfigError(f"dvc is running here ({what}); wait for it or end it; nothing was changed")
@@ -76,7 +76,7 @@ class Recovery:
                 listed = ", ".join(str(process.pid) for process in workers)
                 self.done.append(f"queue workers are running (process {listed}); the points of the queue are theirs")
             else:
-                for entry in _lost(queue):
+                for entry in lost(queue):
                     _queue_again(queue, entry)
                     self.done.append(f"experiment {entry.name}, lost with its queue worker, is queued again")
         if any("queued again" in line for line in self.done):
@@ -86,7 +86,7 @@ class Recovery:
 
     # ------------------------------------------------------------ processes and locks
 
-    def _dvc_processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    def dvc_processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
         """Queue workers of this repository, and other commands of DVC that run in its root."""
         workers, others = [], []
         for process, words in _processes():
@@ -231,7 +231,7 @@ class Recovery:
 # ---------------------------------------------------------------- the queue, by DVC's own objects
 
 
-def _lost(queue: LocalCeleryQueue) -> list[QueueEntry]:
+def lost(queue: LocalCeleryQueue) -> list[QueueEntry]:
     """Points that a worker had taken when it was killed: not queued, not failed, and in no experiment."""
     folders = [path for path in Path(queue.pid_dir).glob("*") if re.fullmatch("[0-9a-f]{40}", path.name)]
     taken = [path.name for path in folders] + [entry.stash_rev for _, entry in queue._iter_processed()]

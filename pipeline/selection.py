@@ -1,0 +1,103 @@
+"""Which trial of a tuning wins, and what fewer trials would have found.
+
+The one idea: a trial is judged as the benchmark judges a run. The sooner it reached the hard target, in seconds on the
+training clock, the better; where none did, the easy one decides, then the best validation loss, then the order of
+trials, so that a tie is the shipped setting's. A trial that diverged is a miss, whatever it had reached. Test data are
+never looked at. With several seeds a trial counts by the median over them, in which a miss is infinitely late.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import TARGETS
+from pipeline.records import Run
+from pipeline.search import Values
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A trial and what came of it; a target that it missed is infinitely late."""
+
+    values: Values
+    seconds: dict[str, float]
+    steps: dict[str, float]
+    best_loss: float  # of the validation examples
+    diverged: bool
+    trained: float  # seconds on the training clock
+    edge: tuple[str, ...] = ()
+
+
+def judged(values: Values, runs: Sequence[Run], edge: Sequence[str] = ()) -> Judged:
+    """What the runs of a trial, one a seed, come to; no runs: a trial that has no record, a miss."""
+    summaries = [run.summary for run in runs]
+
+    def median(key: str, target: str) -> float:
+        found = [_until(summary, key, target) for summary in summaries]
+        return statistics.median_high(found) if found else math.inf
+
+    losses = [_number(summary["best_validation_loss"]) for summary in summaries]
+    return Judged(
+        values=dict(values),
+        seconds={target: median("seconds", target) for target in TARGETS},
+        steps={target: median("step", target) for target in TARGETS},
+        best_loss=statistics.median_high(losses) if losses else math.inf,
+        diverged=any(summary["status"] == "diverged" for summary in summaries),
+        trained=max((float(summary["training_seconds"]) for summary in summaries), default=0.0),
+        edge=tuple(edge),
+    )
+
+
+def _until(summary: dict[str, Any], key: str, target: str) -> float:
+    missed = summary["status"] != "finished" or not summary[f"{target}_reached"]
+    return math.inf if missed else float(summary[f"{target}_{key}"])
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else float(value)
+
+
+def best(trials: Sequence[Judged]) -> int:
+    """The place of the trial that wins."""
+    targets = TARGETS[::-1]  # the hard one first
+
+    def order(place: int) -> tuple[float, ...]:
+        trial = trials[place]
+        late = [math.inf if trial.diverged else trial.seconds[target] for target in targets]
+        return (*late, math.inf if trial.diverged else trial.best_loss, place)
+
+    return min(range(len(trials)), key=order)
+
+
+def target(trials: Sequence[Judged]) -> str | None:
+    """The hardest target that any of them reached."""
+    reached = [t for t in TARGETS if any(math.isfinite(trial.seconds[t]) and not trial.diverged for trial in trials)]
+    return reached[-1] if reached else None
+
+
+def budget_curve(trials: Sequence[Judged]) -> list[dict[str, Any]]:
+    """What the best of so many of these trials, drawn without repetition, comes to on average.
+
+    With the sorted times t_1 <= ... <= t_n, t_i is the best of k where the other k - 1 are later: in
+    C(n - i, k - 1) of C(n, k) draws. `expected` is in seconds to the target; a miss counts as the longest training of
+    any trial, which it lasted at least, so with misses the figure is a lower bound. `reached` is the share of draws
+    with a trial that reached it. Without a target that any reached there is nothing to expect: None.
+    """
+    count, of = len(trials), target(trials)
+    reached = sorted(t.seconds[of] for t in trials if not t.diverged and math.isfinite(t.seconds[of])) if of else []
+    longest = max((trial.trained for trial in trials), default=0.0)
+    times = reached + [max(longest, *reached)] * (count - len(reached)) if reached else []
+    curve = []
+    for k in range(1, count + 1):
+        draws = math.comb(count, k)
+        total = math.fsum(time * math.comb(count - i, k - 1) for i, time in enumerate(times, 1))
+        curve.append({
+            "trials": k,
+            "expected": total / draws if times else None,
+            "reached": 1 - math.comb(count - len(reached), k) / draws,
+        })  # fmt: skip
+    return curve

@@ -1,0 +1,520 @@
+"""Claims about tuning: the same number of points for all, the right one chosen, and what is kept and written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from synthetic_records import write_study
+
+from pipeline import records, selection, settings, trials, tune, tuning_evidence
+from pipeline.checks import ConfigError
+from pipeline.composition import compose
+from pipeline.config import load, resolve
+from pipeline.search import Dimension, points, space
+from pipeline.selection import Judged
+from pipeline.trials import Choice, all_trials
+from pipeline.validation import available
+
+ROOT = Path(__file__).parents[2]
+LR = Dimension("lr", "log", (0.001, 1.0))
+MOMENTUM = Dimension("momentum", "linear", (0.8, 1.0))
+BETAS = Dimension("betas", "choice", choices=([0.9, 0.99], [0.9, 0.999], [0.95, 0.999]))
+SHIPPED = {"lr": 0.5, "momentum": 0.9, "betas": [0.9, 0.999]}
+OPEN = ("sgd", "adam", "muon", "soap", "kfac", "ekfac", "gkfac")
+
+
+# ---------------------------------------------------------------- points
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("dimensions", [[LR], [LR, MOMENTUM], [LR, MOMENTUM, BETAS]])
+def test_every_space_has_as_many_points_as_asked_and_the_shipped_setting_is_the_first(
+    dimensions: list[Dimension], count: int, grid: bool
+) -> None:
+    found = points(dimensions, SHIPPED, count, "a test", grid=grid)
+    assert len(found) == count
+    assert found[0] == {dimension.field: SHIPPED[dimension.field] for dimension in dimensions}
+    for setting in found[1:]:
+        assert 0.001 <= setting["lr"] <= 1.0
+        assert 0.8 <= setting.get("momentum", 0.9) <= 1.0
+        assert setting.get("betas", [0.9, 0.999]) in BETAS.choices
+
+
+def test_a_sobol_sequence_is_a_function_of_its_purpose_and_goes_on_where_fewer_trials_ended() -> None:
+    dimensions = [LR, MOMENTUM]
+    eight = points(dimensions, SHIPPED, 8, "one")
+    assert points(dimensions, SHIPPED, 8, "one") == eight
+    assert points(dimensions, SHIPPED, 8, "another")[1:] != eight[1:]
+    assert points(dimensions, SHIPPED, 16, "one")[:8] == eight
+
+
+@pytest.mark.parametrize("dimension", [LR, MOMENTUM])
+def test_a_sobol_sequence_has_a_point_in_every_slice_of_a_range_on_its_own_scale(dimension: Dimension) -> None:
+    values = [setting[dimension.field] for setting in points([dimension], SHIPPED, 9, "slices")[1:]]
+    low, high = dimension.ends
+    if dimension.kind == "log":
+        shares = [math.log(value / low) / math.log(high / low) for value in values]
+    else:
+        shares = [(value - low) / (high - low) for value in values]
+    assert sorted(int(share * 8) for share in shares) == list(range(8))
+
+
+def test_choices_are_taken_equally_often() -> None:
+    taken = [setting["betas"] for setting in points([LR, BETAS], SHIPPED, 17, "choices")[1:]]
+    assert all(5 <= taken.count(choice) <= 6 for choice in BETAS.choices)
+
+
+def test_a_grid_has_both_ends_and_even_levels_and_whole_grids_are_whole() -> None:
+    rates = [setting["lr"] for setting in points([LR], SHIPPED, 5, "grid", grid=True)[1:]]
+    assert rates == [0.001, 0.01, 0.1, 1.0]
+    whole = points([LR, MOMENTUM], SHIPPED, 7, "grid", grid=True)[1:]
+    expected = itertools.product([0.001, 0.0316, 1.0], [0.8, 1.0])
+    assert [(setting["lr"], setting["momentum"]) for setting in whole] == list(expected)
+    with pytest.raises(ConfigError, match=r"trials: 5 are more than the 4 points of the grid"):
+        points([BETAS], SHIPPED, 5, "grid", grid=True)
+
+
+def test_what_is_marked_with_a_number_of_trials_joins_from_there() -> None:
+    lines = {"lr": {"log": [0.001, 1.0]}, "momentum": {"linear": [0.8, 0.9], "from": 16}}
+    assert [d.field for d in space("sgd", "toy_linear", 8, SHIPPED, lines)] == ["lr"]
+    assert [d.field for d in space("sgd", "toy_linear", 16, SHIPPED, lines)] == ["lr", "momentum"]
+
+
+def test_a_range_may_be_a_mapping_by_benchmark() -> None:
+    lines = {"lr": {"log": {"default": [0.001, 1.0], "cifar*": [0.1, 10.0]}}}
+    assert [space("sgd", name, 8, SHIPPED, lines)[0].ends for name in ("toy_mlp", "cifar10_cnn")] == [
+        (0.001, 1),
+        (0.1, 10),
+    ]
+
+
+def test_an_optimizer_without_a_space_is_searched_around_its_learning_rate() -> None:
+    [dimension] = space("nadam", "toy_linear", 8, {"lr": 0.03}, None)
+    assert (dimension.field, dimension.kind) == ("lr", "log")
+    assert dimension.ends == pytest.approx((0.001, 0.9))
+    with pytest.raises(ConfigError, match=r"search\.own: has no learning rate to search; write .*search/own\.yaml"):
+        space("own", "toy_linear", 8, {"lr": None}, None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ({"lrr": {"log": [1, 2]}}, "search.sgd.lrr: unknown field 'lrr'; nearest: lr"),
+        ({"lr": {"logarithmic": [1, 2]}}, "search.sgd.lr: has logarithmic; expected one of log, linear, choice"),
+        ({"lr": {"log": [0, 2]}}, "search.sgd.lr.log: 0 is not allowed; expected a number > 0"),
+        ({"lr": {"log": [2, 1]}}, "search.sgd.lr.log: [2, 1] is not allowed; expected the lower end first"),
+        (
+            {"lr": {"linear": [1, 2, 3]}},
+            "search.sgd.lr.linear: [1, 2, 3] is not allowed; expected a list of two numbers",
+        ),
+        ({"lr": {"choice": []}}, "search.sgd.lr.choice: [] is not allowed; expected a list of values"),
+        ({"lr": {"log": [1, 2], "from": 0}}, "search.sgd.lr.from: 0 is not allowed; expected an integer >= 1"),
+        (
+            {"lr": {"log": [1, 2], "from": 9}},
+            "search.sgd: nothing is open with 8 trials; expected a field without `from`",
+        ),
+    ],
+)
+def test_a_line_of_a_space_that_says_nothing_is_refused(lines: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        space("sgd", "toy_linear", 8, SHIPPED, lines)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("count", [8, 16])
+def test_every_optimizer_has_the_same_number_of_trials_and_trains_its_shipped_setting_first(count: int) -> None:
+    asked = all_trials(Choice(("toy_linear", "digits_cnn"), tuple(available("optimizer")), count, (1000,)), {})
+    assert set(asked) == {(b, o) for b in ("toy_linear", "digits_cnn") for o in available("optimizer")}
+    params = load(ROOT / "params.yaml")
+    freedoms = {}
+    for (benchmark, optimizer), of in asked.items():
+        assert [trial.number for trial in of] == list(range(1, count + 1))
+        assert len({trial.name for trial in of}) == count
+        freedoms[optimizer] = len(of[0].values)
+        if optimizer in params.optimizers:
+            shipped, first = resolve(params, benchmark, optimizer).as_dict(), of[0].run.as_dict()
+            assert {k: v for k, v in first.items() if k not in ("seeds", "diagnostics")} == {
+                k: v for k, v in shipped.items() if k not in ("seeds", "diagnostics")
+            }
+    assert {name: n for name, n in freedoms.items() if name != "sgd"} == dict.fromkeys(
+        set(freedoms) - {"sgd"}, 2 if count == 8 else 5
+    )
+    assert freedoms["sgd"] == (1 if count == 8 else 4)
+
+
+def test_a_trials_overrides_compose_to_what_it_expects_to_train(tmp_path: Path) -> None:
+    for pair, of in all_trials(Choice((), OPEN, 16, (1000, 1001), study="tiny"), {}).items():
+        compose(tmp_path / "params.yaml", list(of[5].overrides))
+        assert resolve(load(tmp_path / "params.yaml"), *pair) == of[5].run
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def a_trial(
+    hard: float = math.inf, easy: float = math.inf, loss: float = 1.0, diverged: bool = False, lr: float = 0.1
+) -> Judged:
+    seconds = {"easy": easy, "hard": hard}
+    return Judged({"lr": lr}, seconds, seconds, loss, diverged, 9.0)
+
+
+@pytest.mark.parametrize(
+    ("of", "won", "target"),
+    [
+        ([a_trial(3, 1), a_trial(2, 2), a_trial(4, 0.5)], 1, "hard"),
+        ([a_trial(easy=1, loss=0.1), a_trial(hard=8, easy=7)], 1, "hard"),
+        ([a_trial(easy=3), a_trial(easy=2), a_trial(loss=0.1)], 1, "easy"),
+        ([a_trial(loss=0.3), a_trial(loss=0.2), a_trial(loss=math.inf)], 1, None),
+        ([a_trial(2, 1), a_trial(2, 1)], 0, "hard"),  # a tie is the shipped setting's
+        ([a_trial(2, 1, loss=0.2), a_trial(2, 1, loss=0.1)], 1, "hard"),
+        ([a_trial(2, 1, diverged=True), a_trial(5, 4)], 1, "hard"),
+        ([a_trial(2, 1, loss=0.1, diverged=True), a_trial(loss=0.5)], 1, None),
+        ([a_trial(diverged=True), a_trial(diverged=True)], 0, None),
+    ],
+)
+def test_the_quickest_to_the_hard_target_wins_then_the_easy_one_then_the_loss(
+    of: list[Judged], won: int, target: str | None
+) -> None:
+    assert (selection.best(of), selection.target(of)) == (won, target)
+
+
+def test_a_run_that_diverged_after_the_target_is_a_miss_and_so_is_a_trial_without_a_record() -> None:
+    summary = {
+        "status": "diverged", "best_validation_loss": None, "training_seconds": 3.0, "easy_reached": True,
+        "easy_seconds": 1.0, "easy_step": 10, "hard_reached": True, "hard_seconds": 2.0, "hard_step": 20,
+    }  # fmt: skip
+    run = records.Run(Path(), {}, {}, [], [], summary)
+    found = selection.judged({"lr": 1.0}, [run])
+    assert found.diverged and found.seconds == {"easy": math.inf, "hard": math.inf} and found.best_loss == math.inf
+    fine = records.Run(Path(), {}, {}, [], [], {**summary, "status": "finished", "best_validation_loss": 0.5})
+    assert selection.judged({}, [fine]).seconds == {"easy": 1.0, "hard": 2.0}
+    assert selection.judged({}, [fine, fine, run]).steps["hard"] == 20  # the median over seeds
+    assert selection.judged({}, [fine, run]).steps["hard"] == math.inf
+    nothing = selection.judged({}, [])
+    assert nothing.seconds["easy"] == math.inf and nothing.best_loss == math.inf and not nothing.diverged
+
+
+@pytest.mark.parametrize(
+    ("value", "edge"),
+    [(0.001, "lr: low"), (0.0015, "lr: low"), (0.1, None), (0.9, "lr: high"), (2.5, "lr: high"), (0.0001, "lr: low")],
+)
+def test_the_outermost_tenth_of_a_range_and_what_lies_beyond_is_its_edge(value: float, edge: str | None) -> None:
+    assert LR.edge(value) == edge
+
+
+def test_choices_have_no_edge() -> None:
+    assert BETAS.edge([0.9, 0.99]) is None
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        [a_trial(3.0), a_trial(1.0), a_trial(2.0), a_trial(7.5), a_trial(2.0)],
+        [a_trial(3.0), a_trial(), a_trial(2.0), a_trial(1.0, diverged=True)],
+        [a_trial(easy=4.0), a_trial(easy=1.5), a_trial()],
+    ],
+)
+def test_the_budget_curve_is_the_mean_over_all_draws_without_repetition(of: list[Judged]) -> None:
+    target = selection.target(of)
+    assert target is not None
+    times = [9.0 if t.diverged or math.isinf(t.seconds[target]) else t.seconds[target] for t in of]  # 9 s: they trained
+    for point in selection.budget_curve(of):
+        draws = list(itertools.combinations(times, point["trials"]))
+        assert point["expected"] == pytest.approx(statistics.fmean(map(min, draws)))
+        assert point["reached"] == pytest.approx(statistics.fmean(min(draw) < 9.0 for draw in draws))
+    assert selection.budget_curve(of)[-1]["expected"] == min(times)
+
+
+def test_without_a_trial_that_reached_a_target_there_is_nothing_to_expect() -> None:
+    curve = selection.budget_curve([a_trial(), a_trial(diverged=True)])
+    assert curve == [{"trials": k, "expected": None, "reached": 0.0} for k in (1, 2)]
+
+
+# ---------------------------------------------------------------- records and evidence
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[trials.Pair, list[trials.Trial]], Path]:
+    """Two trials of SGD, which miss the targets, and of K-FAC, whose second is the quicker, and their records."""
+    folder = tmp_path_factory.mktemp("recorded")
+    asked = all_trials(Choice(("toy_linear",), ("sgd", "kfac"), 2, (1000,)), {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "FOLDER", folder / "trials")
+        for trial in [trial for of in asked.values() for trial in of]:
+            compose(folder / "params.yaml", list(trial.overrides))
+            write_study(folder / "results", load(folder / "params.yaml"))
+            if trial.number == 2:
+                summary = folder / "results" / "toy_linear" / trial.optimizer / "seed-1000" / "summary.json"
+                found = json.loads(summary.read_text())
+                summary.write_text(json.dumps(found | {"hard_seconds": 0.5 * (found["hard_seconds"] or 0.0)}))
+            trial.keep(folder / "results")
+    return asked, folder / "trials"
+
+
+@pytest.fixture
+def tuned(
+    recorded: tuple[dict[trials.Pair, list[trials.Trial]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[trials.Pair, list[trials.Trial]]:
+    """The same, for the test to change."""
+    shutil.copytree(recorded[1], tmp_path / "trials")
+    monkeypatch.setattr(trials, "FOLDER", tmp_path / "trials")
+    return recorded[0]
+
+
+def test_a_record_is_found_if_it_is_whole_and_of_the_very_configuration(
+    tuned: dict[trials.Pair, list[trials.Trial]], tmp_path: Path
+) -> None:
+    first, second = tuned["toy_linear", "sgd"]
+    found = first.records()
+    assert found is not None and found[0].config["options"]["lr"] == first.values["lr"] == 0.04
+    shutil.rmtree(first.folder)
+    shutil.copytree(second.folder, first.folder)  # of another learning rate
+    assert first.records() is None
+    (second.folder / "seed-1000" / "summary.json").write_text("{")
+    assert second.records() is None
+    again = all_trials(Choice(("toy_linear",), ("kfac",), 2, (1000,)), {})["toy_linear", "kfac"]
+    assert all(trial.records() for trial in again)
+    other = all_trials(Choice(("toy_linear",), ("kfac",), 2, (1000,), settings=("threads=2",)), {})[
+        "toy_linear", "kfac"
+    ]
+    assert not any(trial.records() for trial in other)
+
+
+def test_records_of_another_configuration_are_not_taken(
+    tuned: dict[trials.Pair, list[trials.Trial]], tmp_path: Path
+) -> None:
+    first, second = tuned["toy_linear", "sgd"]
+    shutil.copytree(second.folder, tmp_path / "results" / "toy_linear" / "sgd")
+    with pytest.raises(ConfigError, match="is the record of another configuration than toy_linear sgd trial 1"):
+        first.keep(tmp_path / "results")
+
+
+def an_evidence(of: list[trials.Trial], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    choice = Choice(("toy_linear",), ("sgd", "kfac"), 2, (1000,))
+    return tuning_evidence.evidence(choice, of, [trial.records() or [] for trial in of], before)
+
+
+def test_evidence_has_what_the_choice_was_made_from(
+    tuned: dict[trials.Pair, list[trials.Trial]], tmp_path: Path
+) -> None:
+    of = tuned["toy_linear", "kfac"]
+    found = an_evidence(of)
+    assert [trial["values"] for trial in found["trials"]] == [trial.values for trial in of]
+    times = [trial["seconds_to_target"] for trial in found["trials"]]
+    assert times[1] == 0.5 * times[0]
+    assert found["target"] == "hard" and found["chosen"] == of[1].values and not found["won_by_first"]
+    assert [point["expected"] for point in found["budget_curve"]] == [0.75 * times[0], times[1]]
+    assert found["ranges"] == {"relative_damping": [0.01, 3.0], "max_decrease": [0.1, 1.0]}
+    assert found["trials_before_widening"] == 0 and found["seeds"] == [1000]
+    tuning_evidence.write(found, tmp_path / "tuning")
+    assert tuning_evidence.read(tmp_path / "tuning") == {("toy_linear", "kfac"): found}
+    assert an_evidence(of, found) == found  # the same command again
+    assert (
+        an_evidence(of, {**found, "ranges": {**found["ranges"], "max_decrease": [0.2, 1.0]}})["trials_before_widening"]
+        == 2
+    )
+
+
+def test_after_the_choice_was_written_trial_1_is_still_what_was_shipped_before(
+    tuned: dict[trials.Pair, list[trials.Trial]],
+) -> None:
+    of = tuned["toy_linear", "sgd"]
+    written = Choice(("toy_linear",), ("sgd",), 2, (1000,), settings=("optimizer.sgd.lr=1.5",))
+    earlier = {"chosen": {"lr": 1.5}, "trials": [{"values": {"lr": 0.04}}, {"values": {"lr": 1.5}}]}
+    [again] = all_trials(written, {("toy_linear", "sgd"): earlier}).values()
+    assert again[0].values == of[0].values == {"lr": 0.04}
+    assert again[0].shipped == {"lr": 1.5}
+    [afresh] = all_trials(written, {}).values()
+    assert afresh[0].values == {"lr": 1.5}
+
+
+def test_the_page_has_the_tables_between_its_marks_and_keeps_the_rest(
+    tuned: dict[trials.Pair, list[trials.Trial]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "tuning.md"
+    monkeypatch.setattr(tuning_evidence, "PAGE", page)
+    monkeypatch.setattr(tuning_evidence, "FIGURE", tmp_path / "images" / "tuning.svg")
+    original = (ROOT / "docs" / "tuning.md").read_text()
+    before, after = original.split(tuning_evidence.BEGIN)[0], original.split(tuning_evidence.END)[1]
+    page.write_text(original)
+    found = {pair: an_evidence(of) for pair, of in tuned.items()}
+    tuning_evidence.publish(found)
+    once = page.read_text()
+    assert once.startswith(before) and once.endswith(after)
+    assert "Trial 1, the shipped setting, won 1 of 2 times." in once
+    assert "| sgd | 2 | 0 | 0 | none | - | lr 0.04 | yes |" in once and "| kfac | 2 | 2 | 0 | hard |" in once
+    figure = (tmp_path / "images" / "tuning.svg").read_bytes()
+    tuning_evidence.publish(found)
+    assert page.read_text() == once and (tmp_path / "images" / "tuning.svg").read_bytes() == figure
+    page.write_text("no marks")
+    with pytest.raises(ConfigError, match="has lost the lines"):
+        tuning_evidence.publish(found)
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "pipeline" / "conf", tmp_path / "conf")
+    return tmp_path / "conf"
+
+
+@pytest.mark.parametrize("optimizer", available("optimizer"))
+def test_a_written_setting_holds_for_its_benchmark_alone_and_comments_stay(conf: Path, optimizer: str) -> None:
+    file, yaml = conf / "optimizer" / f"{optimizer}.yaml", YAML(typ="safe", pure=True)
+    before, text = yaml.load(file), file.read_text()
+    name = "relative_damping" if "kfac" in optimizer else "lr"
+    fields = {
+        (optimizer, name): (0.0123, None),
+        (optimizer, "training", "schedule"): ("cosine", None),
+        (optimizer, "eps"): (1e-6, 1e-8),
+    }
+    assert settings.write(file, "toy_mlp", fields)
+    after = yaml.load(file)
+    old = before[optimizer][name]
+    others = {k: v for k, v in old.items() if k != "toy_mlp"} if isinstance(old, dict) else {"default": old}
+    assert after[optimizer][name] == others | {"toy_mlp": 0.0123}
+    assert after[optimizer]["training"]["schedule"] == {"default": None, "toy_mlp": "cosine"}
+    assert after[optimizer]["eps"] == {"default": before[optimizer].get("eps", 1e-8), "toy_mlp": 1e-6}
+    touched = (name, "eps", "training")
+    assert {k: v for k, v in after[optimizer].items() if k not in touched} == {
+        k: v for k, v in before[optimizer].items() if k not in touched
+    }
+    comments = [line.partition("#")[2].strip() for line in text.splitlines() if "#" in line]
+    assert all(comment in file.read_text() for comment in comments)
+    assert max(map(len, file.read_text().splitlines())) <= 130
+    assert not settings.write(file, "toy_mlp", fields)
+
+
+def test_what_was_written_is_what_a_run_resolves_to(conf: Path, tmp_path: Path) -> None:
+    file = conf / "optimizer" / "adam.yaml"
+    settings.write(file, "digits_cnn", {("adam", "betas"): ([0.95, 0.98], None), ("adam", "lr"): (0.02, None)})
+    values = YAML(typ="safe", pure=True).load(file)["adam"]
+    compose(tmp_path / "before.yaml", ["optimizer=adam"])
+    params = load(tmp_path / "before.yaml")
+    after = type(params)(**{**vars(params), "optimizers": {"adam": values}})
+    assert resolve(after, "digits_cnn", "adam").options["betas"] == [0.95, 0.98]
+    for name in ("toy_linear", "digits_autoencoder"):
+        assert resolve(after, name, "adam") == resolve(params, name, "adam")
+
+
+@pytest.mark.parametrize(
+    ("dimension", "side", "ends"),
+    [
+        (LR, "high", (0.001, 31.6)),
+        (LR, "low", (3.16e-05, 1.0)),
+        (Dimension("max_decrease", "log", (0.1, 0.9)), "high", (0.1, 1.0)),
+        (Dimension("max_decrease", "log", (0.1, 1.0)), "high", (0.1, 1.0)),
+        (Dimension("momentum", "linear", (0.8, 0.98)), "high", (0.8, 0.99)),
+        (Dimension("momentum", "linear", (0.2, 0.8)), "low", (0.0, 0.8)),
+        (Dimension("rest.lr", "log", (0.001, 0.1)), "high", (0.001, 1.0)),
+    ],
+)
+def test_a_range_widens_by_half_of_itself_as_far_as_its_values_are_allowed(
+    dimension: Dimension, side: str, ends: tuple[float, float]
+) -> None:
+    assert tune._allowed(dimension.field, dimension.ends, dimension.widened(side)) == pytest.approx(ends, rel=0.01)
+
+
+def test_ranges_widen_where_the_last_tuning_ended_at_an_edge_and_only_once(
+    conf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "CONF", conf)
+    monkeypatch.setattr(trials, "SEARCH", conf / "search")
+    choice = Choice(("toy_linear", "toy_mlp"), ("sgd",), 2, (1000,))
+    best = {"values": {"lr": 2.9}, "edge": ["lr: high"]}
+    before = {("toy_linear", "sgd"): {"ranges": {"lr": [0.003, 3.0]}, "trials": [best], "chosen": best["values"]}}
+    assert tune.widen(all_trials(choice, {}), before, dry=True)
+    assert all_trials(choice, {})["toy_linear", "sgd"][0].space[0].ends == (0.003, 3.0)
+    assert tune.widen(all_trials(choice, {}), before, dry=False)
+    assert "search.sgd.lr of toy_linear: [0.003, 3.0] is now [0.003, 94.9]" in capsys.readouterr().out
+    asked = all_trials(choice, {})
+    assert asked["toy_linear", "sgd"][0].space[0].ends == (0.003, 94.9)
+    assert asked["toy_mlp", "sgd"][0].space[0].ends == (0.003, 3.0)
+    assert not tune.widen(asked, before, dry=False)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--optimizers", "sgdd"], "error: optimizers: unknown optimizer 'sgdd'; nearest: sgd; valid: adam, "),
+        (["--benchmarks", "toy_linear,toy"], "error: benchmarks: unknown benchmark 'toy'; "),
+        (["--study", "tin"], "error: study: unknown study 'tin'; nearest: tiny; "),
+        (["--trials", "0"], "error: trials: 0 is not allowed; expected an integer >= 1"),
+        (["--trials", "many"], "error: trials: 'many' is not allowed; expected an integer >= 1"),
+        (["--workers", "0"], "error: workers: 0 is not allowed; expected an integer >= 1"),
+        (["--seeds", "1"], "error: seeds: 1 is one of the comparison's, [0, 1, 2]; expected others"),
+        (
+            ["--seeds", "1000,1000"],
+            "error: seeds: [1000, 1000] is not allowed; expected a list of one or more different ",
+        ),
+        (["--engine", "slurm"], "error: engine: 'slurm' is not allowed; expected one of dvc, ray"),
+        (["--gpu-share", "0"], "error: gpu-share: 0 is not allowed; expected a number > 0"),
+        (["--set", "optimizer=sgd"], "error: set: 'optimizer=sgd' is not allowed; expected KEY=VALUE"),
+        (["--trails", "8"], "error: unrecognized arguments: --trails 8; `python -m pipeline.tune --help` lists"),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line_before_anything_is_imported(words: list[str], line: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "pipeline.tune", *words]
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = [each for each in ended.stderr.splitlines() if not each.startswith("import time:")]
+    assert ended.returncode == 2 and len(said) == 1 and said[0].startswith(line), ended.stderr[-2000:]
+    imported = {each.rpartition("|")[2].strip() for each in ended.stderr.splitlines()}
+    assert not imported & {"torch", "mlflow", "dvc.repo", "ray", "scipy.stats"}
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begin < 1  # of the processor: others run beside
+
+
+@pytest.mark.parametrize(
+    "words", [["--set", "precision=fp64"], ["--set", "devise=cpu"], ["--study", "tiny", "--benchmarks", "toy_mlp"]]
+)
+def test_what_only_composition_can_tell_is_refused_in_one_line_too(words: list[str]) -> None:
+    command = [sys.executable, "-m", "pipeline.tune", "--trials", "2", "--dry-run", *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("error: ")
+
+
+def test_a_dry_run_shows_the_points_and_changes_nothing() -> None:
+    status = ["git", "status", "--porcelain"]
+    before = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.tune",
+        "--dry-run",
+        "--study",
+        "tiny",
+        "--optimizers",
+        "sgd,kfac",
+        "--trials",
+        "3",
+    ]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(shown) == 2 * 2 * 3 + 2
+    assert shown[0] == "toy_linear sgd trial 1: lr 0.04"
+    assert shown[-2].startswith("12 trials of 4 pairs, 12 to train")
+    assert shown[-1].startswith("about ") and " min with 1 at a time" in shown[-1]
+    assert subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=False).stdout == before
+
+
+def test_evidence_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "toy_linear").mkdir()
+    (tmp_path / "toy_linear" / "sgd.json").write_text(json.dumps({"benchmark": "toy_linear"}))
+    with pytest.raises(ConfigError, match=r"toy_linear/sgd\.json: cannot be read"):
+        tuning_evidence.read(tmp_path)
