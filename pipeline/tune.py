@@ -158,14 +158,10 @@ def tune(given: argparse.Namespace) -> int:
             book.write(complete[pair])
     book.publish(book.read())
     missing = [trial for of in asked.values() for trial in of if not runs[trial.name]]
-    lines = [
-        (
-            len(of),
-            *(sum(bool(kept[trial.name]) for trial in of) for kept in (found, runs)),
-            [queued[t.name] for t in of],
-        )
-        for of in asked.values()
-    ]
+    lines = []
+    for of in asked.values():
+        at_start, at_end = (sum(bool(kept[trial.name]) for trial in of) for kept in (found, runs))
+        lines.append((len(of), at_start, at_end, [queued[trial.name] for trial in of]))
     print("\n".join(["", *_table(lines, dict.fromkeys(asked) | complete)]))
     if given.write:
         _write(asked, complete)
