@@ -16,6 +16,8 @@ from pipeline.checks import ConfigError
 from pipeline.config import RunConfig
 from pipeline.seeds import number
 
+_RISES = 6  # of a growing batch
+
 
 def permutation(examples: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(examples, generator=generator)
@@ -63,11 +65,12 @@ class Order:
 
 def batch_size(run: RunConfig, seen: int, examples: int) -> int:
     """Size of the next batch after ``seen`` examples of a split of ``examples``: constant, or growing exponentially
-    over the first ``over_epochs`` epochs."""
+    over the first ``over_epochs`` epochs, by a few rises: a shape that is new costs compiled kernels some time."""
     size = run.batch_size
     if isinstance(size, int):
         return size
     share = min(1.0, seen / (examples * size["over_epochs"]))
+    share = round(share * _RISES) / _RISES
     return round(size["from"] * (size["to"] / size["from"]) ** share)
 
 

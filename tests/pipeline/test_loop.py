@@ -144,6 +144,7 @@ def test_a_batch_schedule_grows_exponentially_and_then_stays() -> None:
     outcome = train(a_run(batch_size={"from": 4, "to": 16, "over_epochs": 1.0}, steps=10, evaluate_every=1))
     sizes = [row["batch_size"] for row in outcome.history]
     assert sizes == sorted(sizes) and sizes[0] == 4 and sizes[-1] == 16
+    assert len({batch_size(run, seen, 100) for seen in range(300)}) == 7  # few shapes
     examples = [row["examples"] for row in outcome.history]
     assert [b - a for a, b in pairwise(examples)] == sizes[:-1]
 
