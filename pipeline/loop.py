@@ -186,8 +186,9 @@ class Training:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave, in a new process."""
         self.progress = Progress(**state["progress"])
-        package = self.run.target_class.partition(".")[0]
-        modules = {**state["modules"], "optimizer": whole(state["modules"]["optimizer"], package, self.device)}
+        classes = [self.run.target_class, *([self.run.rest["_target_"]] if self.run.rest else [])]
+        packages = {name.partition(".")[0] for name in classes}
+        modules = {**state["modules"], "optimizer": whole(state["modules"]["optimizer"], packages, self.device)}
         for name, module in self._modules().items():
             module.load_state_dict(modules[name])
         self.probe.restore(state["probe"])

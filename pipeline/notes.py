@@ -13,23 +13,22 @@ REPORT = "report/index.html"
 
 
 def of_benchmark(config: Mapping[str, Any]) -> str:
-    """Question, targets and protocol; the list of experiments shows how it begins."""
+    """Question, targets and protocol in the first paragraph, which the UI shows unfolded, and raw in lists."""
     return (
-        f"{_question(config)}\n\n{_protocol(config)} A run is a seed; a group is one setting of an optimizer, its line"
-        " the mean over seeds, its band their spread. Bars of steps and seconds are means over the seeds that reached"
-        " the target: read them beside *target/hard_reached*.\n\n"
-        f"Where no charts are below: *comparison*, under *Views*. Means with intervals are in *{config['benchmark']}"
-        f"{MEANS}*, verdicts in `{REPORT}`."
+        f"{_question(config)}\n\nA run is a seed; a group is one setting of an optimizer, its line the mean over seeds,"
+        " its band their spread. Bars of steps and seconds are means over the seeds that reached the target: read them"
+        f" beside *target/hard_reached*. {_CLOCK} Where no charts are below: *comparison*, under *Views*. Means with"
+        f" intervals are in *{config['benchmark']}{MEANS}*, verdicts in `{REPORT}`."
     )
 
 
 def of_means(config: Mapping[str, Any]) -> str:
     """The same for the experiment of a benchmark's means."""
     return (
-        f"{_question(config)}\n\n{_protocol(config)} A run is the mean over all seeds of an optimizer, as `aggregate`"
-        f" found them; *_low* and *_high*, broken lines, are the limits of its {LEVEL:.0%} interval (t distribution"
-        " over seeds; losses on the logarithmic scale). A curve ends where the first of its seeds does.\n\n"
-        f"The runs themselves are in *{config['benchmark']}*, verdicts in `{REPORT}`."
+        f"Means over seeds. {_question(config)}\n\nA run is the mean of an optimizer, as `aggregate` found it; *_low*"
+        f" and *_high*, broken lines, are the limits of its {LEVEL:.0%} interval (t distribution over seeds; losses on"
+        f" the logarithmic scale). A curve ends where the first of its seeds does. {_CLOCK} The runs themselves are in"
+        f" *{config['benchmark']}*, verdicts in `{REPORT}`."
     )
 
 
@@ -44,21 +43,19 @@ def of_mean(benchmark: str, optimizer: str, seeds: Sequence[int]) -> str:
     return f"Mean over the seeds {', '.join(map(str, seeds))} in `results/{benchmark}/{optimizer}`. Report: `{REPORT}`."
 
 
+_CLOCK = (
+    "The time axis is training time: gradient and step, without evaluation, logging, diagnostics. All rules:"
+    " `docs/protocol.md`."
+)
+
+
 def _question(config: Mapping[str, Any]) -> str:
     metric = config["target_metric"].replace("_", " ").replace("train ", "training ")
     targets = ", ".join(f"{config['targets'][name]:g} ({name})" for name in reversed(TARGETS))
-    return (
-        f"**Question:** which optimizer brings the {metric} of {config['benchmark']} to the target first, in steps and"
-        f" in training seconds? **Targets:** {targets}."
-    )
-
-
-def _protocol(config: Mapping[str, Any]) -> str:
     version = f" {config['protocol']}" if "protocol" in config else ""
-    seconds = "" if config["seconds"] is None else f" or {config['seconds']:g} s of training"
+    seconds = "" if config["seconds"] is None else f" or {config['seconds']:g} s"
     return (
-        f"**Protocol{version}** (docs/protocol.md): at a seed all optimizers start from the same weights and see the"
-        f" same examples in the same order; {config['steps']} steps{seconds}, evaluated every"
-        f" {config['evaluate_every']}. The time axis is training time: gradient and step, without evaluation, logging,"
-        " diagnostics."
+        f"Which optimizer brings the {metric} of {config['benchmark']} to the target first, in steps and in seconds?"
+        f" **Targets:** {targets}. **Protocol{version}:** at a seed the same weights and batches for all,"
+        f" {config['steps']} steps{seconds}, evaluated every {config['evaluate_every']}."
     )

@@ -67,7 +67,7 @@ def _connect(workers: int) -> Any:
     try:
         here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **here)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"RAY_ADDRESS: {address!r} cannot be used: {reason}; allowed: auto, HOST:PORT") from None
     return ray

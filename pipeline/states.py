@@ -2,12 +2,13 @@
 
 The one idea: most optimizers keep nothing else, but some keep objects of their own (the Shampoo of pytorch-optimizer
 its preconditioners). Such an object is written as the name of its class and its attributes, and made again from them
-if the class belongs to the optimizer's own package.
+if the class belongs to a package of the optimizer.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
@@ -33,26 +34,26 @@ def plain(value: Any) -> Any:
     return value
 
 
-def whole(value: Any, package: str, device: torch.device) -> Any:
+def whole(value: Any, packages: Collection[str], device: torch.device) -> Any:
     """What ``plain`` was given; tensors of objects come to ``device``, for no optimizer moves them itself.
 
-    Raises ValueError for an object whose class is not of ``package``.
+    Raises ValueError for an object whose class is of none of these ``packages``.
     """
     if isinstance(value, dict):
         if value.keys() != {_CLASS, _ATTRIBUTES}:
-            return {key: whole(item, package, device) for key, item in value.items()}
+            return {key: whole(item, packages, device) for key, item in value.items()}
         module, name = value[_CLASS]
-        made: Any = object.__new__(_class(module, name, package))
-        vars(made).update(_moved(whole(value[_ATTRIBUTES], package, device), device))
+        made: Any = object.__new__(_class(module, name, packages))
+        vars(made).update(_moved(whole(value[_ATTRIBUTES], packages, device), device))
         return made
     if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)(whole(item, package, device) for item in value)
+        return type(value)(whole(item, packages, device) for item in value)
     return value
 
 
-def _class(module: str, name: str, package: str) -> type:
-    if module.partition(".")[0] != package:
-        raise ValueError(f"{module}.{name}: an object of another package than the optimizer's, {package}")
+def _class(module: str, name: str, packages: Collection[str]) -> type:
+    if module.partition(".")[0] not in packages:
+        raise ValueError(f"{module}.{name}: an object of another package than the optimizer's, {', '.join(packages)}")
     found = getattr(importlib.import_module(module), name, None)
     if not isinstance(found, type):
         raise ValueError(f"{module}.{name}: is no class")

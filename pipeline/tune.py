@@ -158,7 +158,7 @@ def tune(given: argparse.Namespace) -> int:
             book.write(complete[pair])
     book.publish(book.read())
     missing = [trial for of in asked.values() for trial in of if not runs[trial.name]]
-    lines: list[tuple[int, int, int, list[int]]] = []
+    lines = []
     for of in asked.values():
         at_start, at_end = (sum(bool(kept[trial.name]) for trial in of) for kept in (found, runs))
         lines.append((len(of), at_start, at_end, [queued[trial.name] for trial in of]))

@@ -173,12 +173,12 @@ class Counter:
 def test_an_object_in_a_state_is_made_again_from_plain_values_but_never_one_of_another_package() -> None:
     state = plain({"state": {0: {"counter": Counter(torch.ones(2)), "step": 3}}, "param_groups": [{"betas": (0.9, 1)}]})
     assert "Counter" in str(state) and not isinstance(state["state"][0]["counter"], Counter)
-    again = whole(state, __name__.partition(".")[0], torch.device("cpu"))
+    again = whole(state, {__name__.partition(".")[0]}, torch.device("cpu"))
     made = again["state"][0]["counter"]
     assert isinstance(made, Counter) and torch.equal(made.parts[1][1], torch.ones(2)) and made.shape == (2,)
     assert again["state"][0]["step"] == 3 and again["param_groups"] == [{"betas": (0.9, 1)}]
     with pytest.raises(ValueError, match="another package"):
-        whole(state, "torch", torch.device("cpu"))
+        whole(state, {"torch"}, torch.device("cpu"))
 
 
 def an_address(root: Path, target: type = torch.optim.SGD, **changes: Any) -> Path:

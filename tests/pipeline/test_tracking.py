@@ -109,8 +109,8 @@ def test_a_run_says_by_tags_and_in_words_where_it_belongs(root: Path) -> None:
 def test_an_experiment_says_the_question_the_targets_and_the_protocol(root: Path) -> None:
     train(root, chosen("kfac"), "kfac")
     words = client(root).get_experiment_by_name(BENCHMARK).tags["mlflow.note.content"]
-    assert f"which optimizer brings the training loss of {BENCHMARK} to the target first" in words
-    assert "0.3 (hard), 0.4 (easy)" in words and "Protocol" in words and "400 steps, evaluated every 10" in words
+    assert f"Which optimizer brings the training loss of {BENCHMARK} to the target first" in words
+    assert "0.3 (hard), 0.4 (easy)" in words and "**Protocol" in words and "400 steps, evaluated every 10" in words
 
 
 def test_curvature_of_the_model_has_no_section_and_of_a_layer_its_own(root: Path) -> None:
