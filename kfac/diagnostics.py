@@ -39,6 +39,7 @@ __all__ = [
 
 # Below this size a dense eigenvalue problem is cheaper than a Krylov one, which also needs k < size.
 _DENSE_SIZE = 64
+ROUGH = 0.01  # tolerance from which on eigenvalues are a rough answer
 
 
 class Solution(NamedTuple):
@@ -120,7 +121,13 @@ def _lanczos(operator: CurvatureOperator, k: int, which: str, seed: int, toleran
     if not image.any():  # the zero operator, on which ARPACK breaks down
         return torch.zeros(k, dtype=torch.float64), torch.eye(operator.size, k, dtype=torch.float64)
     shape = (operator.size, operator.size)
-    options = {"v0": start, "tol": max(tolerance, torch.finfo(operator.dtype).eps)}
+    # A rough answer needs few products, so its Lanczos vectors are few as well: each is orthogonalised to all others.
+    vectors = max(2 * k + 1, 20 if tolerance < ROUGH else 8)
+    options = {
+        "v0": start,
+        "tol": max(tolerance, torch.finfo(operator.dtype).eps),
+        "ncv": min(operator.size, vectors),
+    }
     shift = 0.0
     try:
         if which == "smallest":
