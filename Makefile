@@ -29,7 +29,7 @@ $(READY): requirements.lock
 repro: $(READY)  ## run the benchmark (dvc repro) and print the comparison
 	dvc repro
 	@python -m pipeline.aggregate --show
-	@echo 'Next: report/report.md has the figures; `make ui` opens the runs in MLflow; `make exp-show` lists experiments;'
+	@echo 'Next: report/index.html is the report as a page; `make ui` opens the runs in MLflow; `make exp-show` lists experiments;'
 	@echo '      dvc exp run -S optimizer=ekfac trains E-KFAC alone (source .venv/bin/activate first).'
 
 exp-show: $(READY)  ## list experiments with what they changed and their steps to target

@@ -41,12 +41,16 @@ _held: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] | None = None
 
 @dataclass
 class Call:
-    """One call of a layer: its block, its input, where gradients of its output arrive; `context` is the block's."""
+    """One call of a layer: its block, its input, where gradients of its output arrive, and how many numbers that has.
+
+    `context` is the block's.
+    """
 
     block: Block
     module: nn.Module
     input: Tensor
     edge: GradientEdge
+    size: int
     context: Any = None
 
     @property
@@ -302,7 +306,7 @@ class Capture:
         x = args[0] if args else kwargs["input"]
         self._forwards[-1].hidden.discard(block)
         self._forwards[-1].calls.append(
-            Call(block, module, x.detach(), get_gradient_edge(output), block.context(module, output))
+            Call(block, module, x.detach(), get_gradient_edge(output), output.numel(), block.context(module, output))
         )
 
     def _hold_buffers(self, module: nn.Module, args: tuple) -> None:

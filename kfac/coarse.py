@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,11 @@ from torch.nn import functional as F
 
 from . import linalg
 from .layers import Block
+from .products import Unwritten
 from .quadratic import dot
 from .rows import Rows, row_products, row_sums, row_times
 
-Layers = Sequence[tuple[Tensor, Tensor] | None]  # for each layer rows a [K, N, T, d_in] and g [K, M, N, T, d_out]
+Layers = Sequence[tuple[Any, Tensor] | None]  # for each layer rows a [K, N, T, d_in] and g [K, M, N, T, d_out]
 Spaces = Sequence[Sequence[Tensor]]
 
 
@@ -99,8 +101,10 @@ class Preconditioned:
         self._kernel = (rows_g[0] @ self._g.T) * (rows_a[0] @ self._a.T)
 
     @staticmethod
-    def serves(a: Tensor, g: Tensor) -> bool:
+    def serves(a: Tensor | Unwritten, g: Tensor) -> bool:
         """Whether rows have one position each and are so few that their products with each other cost less than V a."""
+        if isinstance(a, Unwritten):
+            return False
         one = a.dim() == 4 and a.shape[0] == a.shape[2] == 1 and a.is_floating_point()
         d_in, d_out = a.shape[-1], g.shape[-1]
         return one and g.shape[1:3].numel() * (d_in + d_out) <= d_in * d_out

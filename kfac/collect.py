@@ -20,6 +20,8 @@ from .precision import rounded_products
 from .rows import Rows
 
 EXACT_OUTPUTS = 16  # fisher="auto": exact curvature vectors up to this many output numbers of an example
+AT_ONCE = 2**24  # numbers that exact vectors may leave at the outputs of all layers before the next ones are sent
+KEPT = 2**27  # numbers of such rows that are kept for later; beyond, one vector with random signs stands for them
 
 
 class Collector:
@@ -29,7 +31,8 @@ class Collector:
         criterion: the loss (see losses.py).
         fisher, fisher_samples: as in `KroneckerOptimizer`.
         generator: source of sampled vectors; None is an own one for each device, seeded 0.
-        keeps_rows: whether the rows of a statistics step are to be kept in `factor_rows`.
+        keeps_rows: whether rows of a statistics step are to be kept in `factor_rows`: of the vectors of the factors, or
+            where those are too many of one vector, their sum with random signs.
         enough: where vectors are sampled, from so many examples on the factors are made of a part of the batch.
         rounds: where vectors are sampled, products of statistics may round to bfloat16.
     """
@@ -103,17 +106,9 @@ class Collector:
         triples = zip(*[iter(tensors)] * 3, strict=True)
         self.sums = dict(zip(self.sums, triples, strict=True))
 
-    def weighted(self, parts: list[Rows]) -> list[Rows]:
-        """The batches' weights put into their gradient rows, so that rows of several batches add up."""
-        roots = [(part.weight / self.norm()).sqrt() for part in parts]
-        return [
-            replace(
-                part,
-                layers={block: (a, g * root) for block, (a, g) in part.layers.items()},
-                weight=torch.ones_like(root),
-            )
-            for part, root in zip(parts, roots, strict=True)
-        ]
+    def kept_rows(self) -> list[Rows]:
+        """`factor_rows`, with weights that let rows of several batches add up."""
+        return [replace(part, weight=part.weight / self.norm()) for part in self.factor_rows]
 
     def generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
@@ -134,13 +129,23 @@ class Collector:
         dtype, device = batch.calls[0].block.dtype, batch.calls[0].input.device
         output, target = batch.output_in(dtype), batch.target
         weight = torch.ones((), device=device, dtype=dtype) if batch.weight is None else batch.weight.to(dtype)
-        factor_rows = model_rows = None
+        factor_rows = model_rows = mixed = None
+        waiting: list[list[Any]] = []
         if self.factors_due:
-            factor_rows = rows.send_back(batch, self._vectors(fisher, batch, output), weight)
+            vectors = self._vectors(fisher, batch, output)
+            size = sum(call.size for call in batch.calls)
+            if fisher == "exact" and len(vectors) > 1:
+                few = max(1, AT_ONCE // max(size, 1))
+                if self.keeps_rows and len(vectors) * size > KEPT:
+                    mixed = rows.send_back(batch, [self._mixed(batch, vectors)], weight)
+                apart = not any(call.block.together for call in batch.calls)
+                if apart and (mixed is not None or not self.keeps_rows):
+                    vectors, *waiting = [vectors[i : i + few] for i in range(0, len(vectors), few)]
+            factor_rows = rows.send_back(batch, vectors, weight)
         if self.model_due:
             exactly = self.exact_model and fisher == "exact"
-            model_rows = factor_rows
-            if factor_rows is None or (fisher != "sampled" and not exactly):
+            model_rows = mixed if mixed is not None else factor_rows
+            if exactly or factor_rows is None or (fisher != "sampled" and mixed is None):
                 vectors = (
                     self._vectors(fisher, batch, output)
                     if exactly
@@ -167,7 +172,10 @@ class Collector:
                 factor_rows, mask = rows.thinned(factor_rows, mask, self.enough)
             self._accumulate(factor_rows, mask)
             if self.keeps_rows:
-                self.factor_rows.append(factor_rows.written())
+                self.factor_rows.append((factor_rows if mixed is None else mixed).kept())
+            del factor_rows  # before the next vectors are sent
+            for some in waiting:
+                self._accumulate(rows.send_back(batch, some, weight), mask, again=True)
         if model_rows is not None:
             self.model_rows.append((rows.quarter(model_rows) if many else model_rows).kept())
         return True
@@ -193,21 +201,32 @@ class Collector:
         n = batch.size
         if all(call.input.dim() > 0 and call.input.shape[0] == n for call in batch.calls):
             return vectors
-        generator = self.generator(batch.calls[0].input.device)
+        return [self._flipped(batch, vector) for vector in vectors]
 
-        def flip(vector: Tensor | None, sign: Tensor) -> Tensor | None:
-            return None if vector is None else vector * sign.to(vector.dtype).reshape(n, *[1] * (vector.dim() - 1))
+    def _mixed(self, batch: Batch, vectors: list[Any]) -> Any:
+        """The sum of exact vectors with random signs: one vector of the same curvature in expectation."""
+        several = [v if isinstance(v, tuple) else (v,) for v in (self._flipped(batch, vector) for vector in vectors)]
+        parts = [[x for x in column if x is not None] for column in zip(*several, strict=True)]
+        mixed = tuple(sum(part[1:], part[0]) if part else None for part in parts)
+        return mixed if isinstance(vectors[0], tuple) else mixed[0]
 
-        signed: list[Any] = []
-        for vector in vectors:
-            sign = torch.rand(n, generator=generator, device=generator.device).round() * 2 - 1
-            several = isinstance(vector, tuple)
-            signed.append(tuple(flip(part, sign) for part in vector) if several else flip(vector, sign))
-        return signed
+    def _flipped(self, batch: Batch, vector: Any) -> Any:
+        """A vector times a random sign for each entry of the batch."""
+        n, generator = batch.size, self.generator(batch.calls[0].input.device)
+        sign = torch.rand(n, generator=generator, device=generator.device).round() * 2 - 1
 
-    def _accumulate(self, taken: Rows, mask: Tensor | None) -> None:
+        def flip(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part * sign.to(part.dtype).reshape(n, *[1] * (part.dim() - 1))
+
+        return tuple(flip(part) for part in vector) if isinstance(vector, tuple) else flip(vector)
+
+    def _accumulate(self, taken: Rows, mask: Tensor | None, again: bool = False) -> None:
+        """Add rows to the sums for the factors; `again` if they are further vectors of a batch that is in them."""
         for block, (a, g) in taken.layers.items():
-            new_a, count, new_g = rows.moments(block, a, g, mask, taken.vectors)
-            new = (new_a, count, new_g.mul_(taken.weight))
+            new_g = rows.moment_g(block, a, g).mul_(taken.weight)
             old = self.sums.get(block)
+            if again and old is not None:
+                self.sums[block] = *old[:2], old[2] + new_g
+                continue
+            new = *rows.moment_a(block, a, g, mask, taken.vectors), new_g
             self.sums[block] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]

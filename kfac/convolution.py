@@ -6,7 +6,6 @@ its input with zeros between the pixels, by the flipped kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layers import MatrixBlock
-from .products import Patches
-
-_COMMON = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), "zeros")  # what `Patches` can do
+from .patches import Patches
 
 
 class ConvBlock(MatrixBlock):
@@ -28,45 +25,22 @@ class ConvBlock(MatrixBlock):
     def groups(self) -> int:
         return self.modules[0].groups  # type: ignore[return-value]
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor | Patches:
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Patches:
         x = _batched(x.to(self.dtype), module)
-        if self.groups == 1 and _geometry(module) == _COMMON:
-            return Patches(x, self.has_bias)
-        padding = module._reversed_padding_repeated_twice
-        if any(padding):
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            x = F.pad(x, padding, mode=mode)
-        return self._patches(x, module.kernel_size, module.stride, module.dilation)
+        ends = module._reversed_padding_repeated_twice  # before and after, of the last dimension first
+        padding = tuple(reversed(ends[::2]))
+        if module.padding_mode != "zeros" or ends[::2] != ends[1::2]:
+            x = F.pad(x, ends, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+            padding = (0,) * len(padding)
+        return self._patches(x, module, module.stride, padding)
 
     def gradients(self, g: Tensor, module: Any) -> Tensor:
         g = _batched(g, module)
         n, channels = g.shape[:2]
         return g.reshape(n, self.groups, channels // self.groups, -1).permute(1, 0, 3, 2)
 
-    def _patches(self, x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-        """Patches of x [N, C, ...], with a one for the bias: [K, N, T, d_in]."""
-        n, channels, *sizes = x.shape
-        geometry = list(zip(sizes, kernel, stride, dilation, strict=True))
-        out = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in geometry]
-        step_n, step_c, *steps = x.stride()
-        per_group = channels // self.groups
-        patches = x.as_strided(
-            (self.groups, n, *out, per_group, *kernel),
-            (
-                per_group * step_c,
-                step_n,
-                *(s * step for s, step in zip(stride, steps, strict=True)),
-                step_c,
-                *(d * step for d, step in zip(dilation, steps, strict=True)),
-            ),
-            x.storage_offset(),
-        )
-        # One copy: the patches are written beside the ones of the bias.
-        size = per_group * torch.Size(kernel).numel()
-        a = x.new_empty(self.groups, n, *out, size + self.has_bias)
-        a[..., :size].view(patches.shape).copy_(patches)
-        a[..., size:] = 1.0
-        return a.flatten(2, -2)
+    def _patches(self, x: Tensor, module: Any, stride: tuple[int, ...], padding: tuple[int, ...]) -> Patches:
+        return Patches(x, module.kernel_size, stride, padding, module.dilation, self.groups, self.has_bias)
 
 
 class TransposedConvBlock(ConvBlock):
@@ -82,7 +56,7 @@ class TransposedConvBlock(ConvBlock):
     def context(self, module: Any, output: Tensor) -> Any:
         return output.shape  # `forward` may be given an output size
 
-    def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor:
+    def inputs(self, x: Tensor, module: Any, context: Any) -> Patches:
         x = _batched(x.to(self.dtype), module)
         n, channels, *sizes = x.shape
         ndim = len(sizes)
@@ -96,7 +70,7 @@ class TransposedConvBlock(ConvBlock):
         for size, out, k, d, p in geometry:
             reach = d * (k - 1)
             padding = [reach - p, out + reach - size - (reach - p), *padding]  # F.pad takes the last dimension first
-        return self._patches(F.pad(spread, padding), module.kernel_size, (1,) * ndim, module.dilation)
+        return self._patches(F.pad(spread, padding), module, (1,) * ndim, (0,) * ndim)
 
     def _to_matrix(self, weight: Tensor) -> Tensor:
         channels, per_group, *kernel = weight.shape
@@ -108,11 +82,6 @@ class TransposedConvBlock(ConvBlock):
         channels, per_group, *kernel = weight.shape
         split = matrix.reshape(self.groups, per_group, channels // self.groups, *kernel).transpose(1, 2)
         return split.flip(tuple(range(3, split.dim()))).reshape(weight.shape)
-
-
-def _geometry(module: Any) -> tuple:
-    padding = tuple(module._reversed_padding_repeated_twice)
-    return module.kernel_size, module.stride, padding, module.dilation, module.padding_mode
 
 
 def _batched(x: Tensor, module: Any) -> Tensor:

@@ -210,7 +210,8 @@ class Curvature:
                 self._renew(overrides or {})
         if self.collector.factor_rows:
             with self.phase("statistics"):
-                self.method.after_statistics(self, self.collector.weighted(self.collector.factor_rows), finite)
+                self.method.after_statistics(self, self.collector.kept_rows(), finite)
+                self.collector.factor_rows = []
         if self.base_damping is not None and self.mean_curvature is not None:
             self.stats |= {"damping": self.base_damping, "mean_curvature": self.mean_curvature}
 

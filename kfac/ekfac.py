@@ -56,8 +56,8 @@ class KroneckerEigenMethod(Method):
         new = []
         for block in measured:
             basis_a, basis_g = bases_of(curvature.states[block])
-            own = [part.layers[block] for part in rows if block in part.layers]
-            parts = [squared_gradients(a, g, block.shape[2], basis_a, basis_g) for a, g in own]
+            own = [(*part.layers[block], part.weight) for part in rows if block in part.layers]
+            parts = [squared_gradients(a, g, block.shape[2], basis_a, basis_g).mul_(w) for a, g, w in own]
             new.append(torch.stack(parts).sum(0))
         for block, scales in zip(measured, curvature.sum_over_ranks(new), strict=True):
             solver = curvature.states[block].solver

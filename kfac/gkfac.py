@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -14,6 +15,7 @@ from .later import select
 from .layers import Block
 from .optimizer import KroneckerOptimizer
 from .options import Options, check_names, check_options
+from .patches import Patches
 from .rows import MODEL_ROWS, Rows, spread
 from .state import BlockState
 
@@ -223,7 +225,10 @@ class TwoLevelMethod(KroneckerMethod):
 
     def save(self) -> dict[str, Any]:
         return {
-            "kept": [{block.name: list(rows) for block, rows in part.layers.items()} for part in self._kept],
+            "kept": [
+                {block.name: [vars(a) if isinstance(a, Patches) else a, g] for block, (a, g) in part.layers.items()}
+                for part in self._kept
+            ],
             "usable": self._usable,
             "sums": dict(self._sums),
             "places": {block.name: place for block, place in self._places.items()},
@@ -232,7 +237,7 @@ class TwoLevelMethod(KroneckerMethod):
 
     def load(self, saved: dict[str, Any], blocks: dict[str, Block], device: torch.device) -> None:
         self._kept = [
-            Rows({blocks[name]: (a.to(device), g.to(device)) for name, (a, g) in part.items()}, torch.ones(()))
+            Rows({blocks[name]: (_on(device, a), g.to(device)) for name, (a, g) in part.items()}, torch.ones(()))
             for part in saved["kept"]
         ]
         self._usable = saved["usable"].to(device)
@@ -243,7 +248,7 @@ class TwoLevelMethod(KroneckerMethod):
 
 
 def _thinned(parts: list[Rows], finite: Tensor) -> list[Rows]:
-    """One example of every s in a row over all batches, scaled to stand for all; s <= 4, and `MODEL_ROWS` are left.
+    """One example of every s in a row over all batches, with what it stands for; s <= 4, and `MODEL_ROWS` are left.
 
     Copies, since a user may write into an input tensor again; zeros unless `finite`.
     """
@@ -259,12 +264,25 @@ def _thinned(parts: list[Rows], finite: Tensor) -> list[Rows]:
         start += size
         if len(own):
             own = own.to(finite.device, non_blocking=True)
+            root = scale * part.weight.sqrt()
             layers = {
-                block: (select(finite, a[:, own], None), select(finite, g[:, :, own] * scale, None))
+                block: (_chosen(a, own, finite), select(finite, g[:, :, own].mul_(root), None))
                 for block, (a, g) in part.layers.items()
             }
-            thinned.append(Rows(layers, part.weight))
+            thinned.append(Rows(layers, torch.ones_like(root)))
     return thinned
+
+
+def _on(device: torch.device, a: Any) -> Tensor | Patches:
+    """Rows a as they were saved, on a device."""
+    return Patches(**a | {"x": a["x"].to(device)}) if isinstance(a, dict) else a.to(device)
+
+
+def _chosen(a: Tensor | Patches, examples: Tensor, finite: Tensor) -> Tensor | Patches:
+    if isinstance(a, Patches):
+        chosen = a.of(examples)
+        return replace(chosen, x=select(finite, chosen.x, None))
+    return select(finite, a[:, examples], None)
 
 
 class GKFAC(KroneckerOptimizer):

@@ -37,10 +37,12 @@ class Block:
     Attributes:
         kind: what it is, for `summary`.
         unit: A is the number 1 (d_in = 1 and a = 1), so that the block is G and its damping is exact.
+        together: rows of a vector depend on the other vectors, so that all have to be sent back at once.
     """
 
     kind = ""
     unit = False
+    together = False
 
     def __init__(
         self,
@@ -207,6 +209,7 @@ class TiedEmbeddingBlock(LinearBlock):
     """
 
     kind = "tied"
+    together = True
 
     def inputs(self, x: Tensor, module: Any, context: Any) -> Tensor | Unwritten:
         return _indices(x, module) if isinstance(module, nn.Embedding) else super().inputs(x, module, context)

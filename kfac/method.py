@@ -36,7 +36,7 @@ class Method:
         return [self.solve(b, curvature.states[b], g) for b, g in zip(blocks, gradients, strict=True)]
 
     def after_statistics(self, curvature: Curvature, rows: list[Rows], finite: Tensor) -> None:
-        """Called with the weighted rows of a statistics step, once the preconditioners are renewed."""
+        """Called with the rows of a statistics step and their weights, once the preconditioners are renewed."""
 
     def save(self) -> dict[str, Any]:
         """What the method keeps beside the blocks' states: plain tensors and numbers."""

@@ -7,10 +7,11 @@ where a is one-hot (-1 for a row that counts nowhere), and g [K, M, N, T, d_out]
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from .capture import Batch
 from .layers import Block
-from .products import Patches, Unwritten, WithOne, gram, outer_sum
+from .patches import Patches
+from .products import Unwritten, WithOne, gram, outer_sum
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 MODEL_ROWS = 250  # examples that the quadratic model uses at least, before it takes a quarter of the batch
@@ -36,14 +38,10 @@ class Rows:
     weight: Tensor
     vectors: int = 1
 
-    def written(self) -> Rows:
-        """The same with all rows as tensors."""
-        return Rows({block: (written(a), g) for block, (a, g) in self.layers.items()}, self.weight, self.vectors)
-
     def kept(self) -> Rows:
-        """The same for later, when the loop may have written into a layer's input again; patches are not copied."""
+        """The same for later, when the loop may have written into a layer's input again; images are not copied."""
         layers = {block: (a.rows if isinstance(a, WithOne) else a, g) for block, (a, g) in self.layers.items()}
-        return Rows(layers, self.weight, self.vectors)
+        return replace(self, layers=layers)
 
 
 def written(a: Tensor | Unwritten) -> Tensor:
@@ -162,11 +160,11 @@ def quarter(rows: Rows) -> Rows:
         kept = min(examples, max(examples // rows.vectors // 4, MODEL_ROWS) * rows.vectors)
         if kept < examples:
             a, g = (
-                a.first(kept) if isinstance(a, Unwritten) else a[:, :kept],
+                a.part(0, kept) if isinstance(a, Unwritten) else a[:, :kept],
                 g[:, :, :kept] * math.sqrt(examples / kept),
             )
         layers[block] = (a, g)
-    return Rows(layers, rows.weight, rows.vectors)
+    return replace(rows, layers=layers)
 
 
 def thinned(rows: Rows, mask: Tensor | None, enough: int) -> tuple[Rows, Tensor | None]:
@@ -196,50 +194,68 @@ def spread(count: int, stride: int) -> list[int]:
     return [place for place in places if place < count]
 
 
-def moments(
-    block: Block, a: Tensor | Unwritten, g: Tensor, mask: Tensor | None, vectors: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums that Kronecker factors are made of: of a a^T, how many rows that is, and of g g^T.
+def moment_g(block: Block, a: Tensor | Unwritten, g: Tensor) -> Tensor:
+    """The sum of g g^T that a Kronecker factor is made of: [K, d, d], or [K, d] of a side that keeps a diagonal.
 
     With `block.reduce` an example's positions are first averaged in a and summed in g (Eschenhagen et al. 2023, arXiv
-    2311.00636). Sides that keep a diagonal give [K, d] instead of [K, d, d].
+    2311.00636).
+    """
+    summed = g.sum(3, keepdim=True) if _reduced(block, a) else g
+    return summed.square().sum((1, 2, 3)) if block.diagonal_g else outer_sum(summed.flatten(1, 2))
+
+
+def moment_a(
+    block: Block, a: Tensor | Unwritten, like: Tensor, mask: Tensor | None, vectors: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The sum of a a^T, as `moment_g`, and how many rows that is.
 
     Args:
+        like: a tensor of the rows' dtype and device.
         mask: 1 for examples or positions that count, 0 for those that the loss ignores; used where its size is N or
             N * T.
         vectors: how many vectors lie side by side in N.
     """
     k, n, t = a.shape[:3]
-    summed = g.sum(3, keepdim=True) if _reduced(block, a) else g
-    outer_g = summed.square().sum((1, 2, 3)) if block.diagonal_g else outer_sum(summed.flatten(1, 2))
     if block.unit:
-        return g.new_ones(k, 1, 1), g.new_ones(()), outer_g
+        return like.new_ones(k, 1, 1), like.new_ones(())
     if isinstance(a, Patches):
         alike = mask is None or mask.numel() == n
         if alike and not block.reduce and not block.diagonal_a:
-            kept = None if mask is None else mask.to(g.dtype).reshape(n)
-            return a.outer_sum(kept), g.new_ones(()) * (n * t) if kept is None else kept.sum() * t, outer_g
-    a = written(a)
+            kept = None if mask is None else mask.to(like.dtype).reshape(n)
+            return a.outer_sum(kept), like.new_ones(()) * (n * t) if kept is None else kept.sum() * t
     keep: Tensor | None = None
     if mask is not None and mask.numel() * vectors in (n, n * t):
-        keep = mask.to(g.dtype).reshape(n // vectors, 1, -1).expand(-1, vectors, t).reshape(n, t)
+        keep = mask.to(like.dtype).reshape(n // vectors, 1, -1).expand(-1, vectors, t).reshape(n, t)
+    if isinstance(a, Patches):
+        parts = [
+            _moment_a(block, written, like, None if keep is None else keep[start:stop])
+            for start, stop, written in a.written_by_parts()
+        ]
+        outer, count = zip(*parts, strict=True)
+        return torch.stack(outer).sum(0), torch.stack(count).sum(0)
+    return _moment_a(block, written(a), like, keep)
+
+
+def _moment_a(block: Block, a: Tensor, like: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`moment_a` of rows that are written, times `keep` [N, T]."""
+    k, n, t = a.shape[:3]
     if _is_index(a):
-        known = (a[0] >= 0).to(g.dtype)
+        known = (a[0] >= 0).to(like.dtype)
         keep = known if keep is None else keep * known
     if _reduced(block, a):
-        shares = g.new_ones(n, t) if keep is None else keep
+        shares = like.new_ones(n, t) if keep is None else keep
         shares = shares / shares.sum(1, keepdim=True).clamp_min(1)
         if _is_index(a):
-            a = g.new_zeros(k, n, block.shape[2]).scatter_add_(2, a.clamp_min(0), shares[None])[:, :, None]
+            a = like.new_zeros(k, n, block.shape[2]).scatter_add_(2, a.clamp_min(0), shares[None])[:, :, None]
         else:
             a = shares[:, None] @ a
         # Examples of which nothing counts are zeros now.
-        return _second_moment(a.flatten(1, 2), block.diagonal_a), (shares.sum(1) > 0).sum().to(g.dtype), outer_g
-    count = g.new_ones(()) * (n * t) if keep is None else keep.sum()
+        return _second_moment(a.flatten(1, 2), block.diagonal_a), (shares.sum(1) > 0).sum().to(like.dtype)
+    count = like.new_ones(()) * (n * t) if keep is None else keep.sum()
     if _is_index(a):
         assert keep is not None
-        return _by_token(a, keep[..., None], block.shape[2])[:, 0], count, outer_g
-    return _second_moment(a.flatten(1, 2), block.diagonal_a, None if keep is None else keep.reshape(-1)), count, outer_g
+        return _by_token(a, keep[..., None], block.shape[2])[:, 0], count
+    return _second_moment(a.flatten(1, 2), block.diagonal_a, None if keep is None else keep.reshape(-1)), count
 
 
 def _reduced(block: Block, a: Tensor | Unwritten) -> bool:
@@ -275,6 +291,10 @@ def squared_gradients(
     Returns:
         [K, d_out, d_in].
     """
+    if isinstance(a, Patches):
+        chunks = ((g[:, :, start:stop], rows) for start, stop, rows in a.written_by_parts(memory))
+        parts = (squared_gradients(rows, own, size, basis_a, basis_g, memory) for own, rows in chunks)
+        return functools.reduce(Tensor.add_, parts)
     a = written(a)
     g = g if basis_g is None else _times(g, basis_g)
     if _is_index(a):
@@ -342,8 +362,10 @@ def row_times(a: Tensor | Unwritten, g: Tensor, s: Tensor, size: int) -> Tensor:
         s: [M * N].
         size: d_in.
     """
-    a = written(a)
     weighted = (s.reshape(1, g.shape[1], -1, 1, 1) * g).sum(1)
+    if isinstance(a, Patches):
+        return a.times(weighted)
+    a = written(a)
     if _is_index(a):
         return _by_token(a, weighted[0], size)
     return weighted.flatten(1, 2).mT @ a.flatten(1, 2)
@@ -351,6 +373,8 @@ def row_times(a: Tensor | Unwritten, g: Tensor, s: Tensor, size: int) -> Tensor:
 
 def row_sums(a: Tensor | Unwritten, g: Tensor) -> tuple[Tensor, Tensor]:
     """1^T a [K, N, T] and 1^T g [K, M, N, T]."""
+    if isinstance(a, Patches):
+        return a.sums(), g.sum(-1)
     a = written(a)
     return (a >= 0).to(g.dtype) if _is_index(a) else a.sum(-1), g.sum(-1)
 

@@ -1,8 +1,8 @@
 """Random crops and flips of a whole batch at once, on the device, from numbers drawn beforehand.
 
 The one idea: what happens to the example at a position of an epoch is drawn for the whole epoch, as the order of
-examples is (`pipeline.loop.Order`). A batch then takes its rows of both, so nothing depends on the batch size, on the
-device or on where a run was resumed, and a step waits for no random number.
+examples is (`pipeline.batches.Order`). A batch then takes its rows of both, so nothing depends on the batch size, on
+the device or on where a run was resumed, and a step waits for no random number.
 """
 
 import torch

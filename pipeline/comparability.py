@@ -1,4 +1,4 @@
-"""Which runs may stand in one table: those of a benchmark that agree on machine, versions and settings of speed.
+"""Which runs may stand in one table: those of a benchmark that agree on machine, versions, settings of speed and rules.
 
 The one idea: a run's key is read from its own record, so whoever compares runs compares the keys first and never has
 to know how they came about. `check` refuses what differs and says in which field.
@@ -14,7 +14,7 @@ from pipeline.checks import ConfigError, show
 from pipeline.records import Run
 
 FROM_ENVIRONMENT = ("device_name", "cores", "torch", "cuda")
-FROM_CONFIG = ("precision", "threads", "compile", "channels_last", "deterministic")
+FROM_CONFIG = ("precision", "threads", "compile", "channels_last", "deterministic", "protocol")
 
 
 def key(config: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,19 @@ from pipeline.validation import TARGETS, TOP, by_benchmark, validate
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TARGETS", "ConfigError", "Params", "RunConfig", "load", "optimizer_class", "resolve", "run_stage"]
+__all__ = [
+    "PROTOCOL",
+    "TARGETS",
+    "ConfigError",
+    "Params",
+    "RunConfig",
+    "load",
+    "optimizer_class",
+    "resolve",
+    "run_stage",
+]
 
+PROTOCOL = "3"  # the version of docs/protocol.md that runs are made by; another one is another configuration
 THREADS = 2  # of a benchmark that does not say how many it can use
 FROM_BENCHMARK = (
     "batch_size",
@@ -46,6 +57,7 @@ class Params:
     diagnostics: str
     image_folder: str | None
     checkpoint_seconds: float
+    study: str = "default"
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,7 @@ class RunConfig:
     deterministic: bool
     diagnostics: str
     data: dict[str, Any]
+    protocol: str = PROTOCOL
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,114 +1,65 @@
-"""The pictures of the report: matplotlib only, no numbers computed here beyond medians over seeds.
+"""The figures for papers, of the records: matplotlib only, no numbers computed here beyond medians over seeds.
 
 The same records give the same bytes: salted ids, no dates, text drawn as paths (no fonts needed to look at them).
-Every seed is drawn; medians are drawn over them, and nothing that would suggest an interval. An optimizer has the
-colour that the MLflow UI gives it.
+Up to five seeds are drawn one by one with their median over them, more as a band (:mod:`pipeline.curves`). An optimizer
+has the colour that the MLflow UI gives it. Figures of the verdicts are in :mod:`pipeline.verdict_figures`.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from pipeline import statistics
+from pipeline import curves, looks, statistics, verdict_figures
+from pipeline import figure_parts as parts
 from pipeline.config import TARGETS
+from pipeline.curves import Study
+from pipeline.evidence import Evidence
+from pipeline.looks import CURVATURE, METRICS, PHASES, on_light
 from pipeline.records import Run
 from pipeline.statistics import ordered
-from pipeline.views import colour
+from pipeline.verdicts import Verdicts
 
-Study = Mapping[str, Mapping[str, Sequence[Run]]]
-"""Benchmark -> optimizer -> the runs of its seeds."""
-
-METRICS = {
-    "train_loss": "training loss",
-    "validation_loss": "validation loss",
-    "validation_error": "validation error",
-    "excess_loss": "excess loss over the teacher",
-}
-PHASE_COLOURS = {
-    "forward_backward": "#C9CED6",
-    "statistics": "#8FA9C4",
-    "inverses": "#46698C",
-    "update": "#1B2E45",
-}
-PHASE_NAMES = {"forward_backward": "forward and backward"}
-CURVATURE = {
-    "cosine_natural": ("cosine of the update with the\nexact natural gradient", "linear"),
-    "top_eigenvalue": ("largest eigenvalue of the\nGauss-Newton matrix", "log"),
-}
-"""Whole-model diagnostics that are drawn: quantity -> (label of the axis, its scale)."""
-
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "pipeline",
-    "svg.fonttype": "path",
-    "figure.dpi": 100,
-    "savefig.dpi": 150,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "lines.solid_capstyle": "round",
-}
-_TARGET: dict[str, Any] = {"color": "#555555", "linestyle": (0, (5, 3)), "linewidth": 1.0}
+_SINGLE = 5  # seeds, at most, that are drawn one by one
+_DIAGNOSED = ("cosine_natural", "top_eigenvalue")  # of CURVATURE
 
 
-def draw(study: Study, folder: Path, suffix: str = "svg") -> list[Path]:
+def draw(study: Study, folder: Path, verdicts: Verdicts, evidence: Evidence, suffix: str = "svg") -> list[Path]:
     """All figures of a study.
 
     Arguments:
         study: benchmark -> optimizer -> runs, in the order of presentation.
         folder: where the files go; made if need be.
+        verdicts, evidence: what was found about the study.
         suffix: ``svg`` or ``png``.
 
     Returns:
-        The files: ``summary``, ``step_cost``, one ``loss_<benchmark>`` a benchmark and, where any run measured
-        curvature, ``curvature``.
+        The files: ``summary``, ``step_cost``, one ``loss_<benchmark>`` a benchmark; where any run measured curvature
+        ``curvature``; where there are any ``profiles``, ``speedups`` and ``tuning``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    with _style():
+    with parts.style():
         figures = {"summary": summary(study)}
         figures |= {f"loss_{benchmark}": loss(benchmark, pairs) for benchmark, pairs in study.items()}
         figures["step_cost"] = step_cost(study)
         diagnosed = curvature(study)
         if diagnosed is not None:
             figures["curvature"] = diagnosed
+        figures |= verdict_figures.of(verdicts, evidence)
         metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
         for name, figure in figures.items():
             files.append(folder / f"{name}.{suffix}")
             figure.savefig(files[-1], metadata=metadata, facecolor="white")
     return files
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        yield
 
 
 # ---------------------------------------------------------------- loss against both clocks
@@ -117,34 +68,33 @@ def _style() -> Iterator[None]:
 def loss(benchmark: str, pairs: Mapping[str, Sequence[Run]]) -> Figure:
     """The benchmark's target metric against optimizer steps (left) and seconds of training (right).
 
-    Thin lines are seeds, thick ones medians over seeds (against seconds: median loss at the median time of the same
-    step); a dot marks where a seed reached a target.
+    A thick line is the median over seeds; thin lines are single seeds, with a dot where a seed reached a target. More
+    seeds than five are a band.
     """
     first = next(iter(pairs.values()))[0].summary
     metric, targets = str(first["target_metric"]), {name: float(first[f"{name}_target"]) for name in TARGETS}
     figure = Figure(figsize=(8.4, 3.7), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, clock in zip(axes, ("step", "training_seconds"), strict=True):
-        for optimizer in ordered(pairs):
-            _curves(axis, pairs[optimizer], clock, metric, colour(optimizer))
+    for axis, clock in zip(axes, curves.COLUMNS, strict=True):
+        ends = [_curves(axis, pairs[name], clock, metric, on_light(name)) for name in ordered(pairs)]
         for target in targets.values():
-            axis.axhline(target, zorder=1.5, **_TARGET)
-        axis.set_xlim(left=0)
+            axis.axhline(target, zorder=1.5, **parts.TARGET_LINE)
+        axis.set_xlim(0, 1.02 * max(ends) or None)
         axis.xaxis.set_major_locator(MaxNLocator(6))
     axes[0].set_xlabel("optimizer steps")
     axes[1].set_xlabel("training time [s]")
     axes[0].set_ylabel(METRICS.get(metric, metric.replace("_", " ")))
     axes[0].set_yscale("log")
     _fit_losses(axes[0], pairs, metric, targets.values())
-    _log(axes[0], "y")
-    handles = [Line2D([], [], color=colour(name), linewidth=2.2, label=name) for name in ordered(pairs)]
+    parts.log(axes[0], "y")
+    handles = [Line2D([], [], color=on_light(name), linewidth=2.2, label=name) for name in ordered(pairs)]
     words = " and ".join(f"{name} {target:g}" for name, target in targets.items())
-    handles.append(Line2D([], [], label=f"targets: {words}", **_TARGET))
-    runs = [run for runs in pairs.values() for run in runs]
-    if any(run.summary[f"{name}_reached"] for run in runs for name in TARGETS):
-        handles.append(Line2D([], [], label="target reached", **_dot("#777777")))
+    handles.append(Line2D([], [], label=f"targets: {words}", **parts.TARGET_LINE))
+    runs, most = [run for runs in pairs.values() for run in runs], max(map(len, pairs.values()))
+    if any(run.summary[f"{name}_reached"] for run in runs for name in TARGETS) and most <= _SINGLE:
+        handles.append(Line2D([], [], label="target reached", **parts.dot("#777777")))
     if not all(statistics.finished(run.summary) for run in runs):
-        handles.append(Line2D([], [], label="diverged or failed", **_cross("#777777")))
+        handles.append(Line2D([], [], label="diverged or failed", **parts.cross("#777777")))
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(8, len(handles)), handlelength=1.8, columnspacing=1.4
     )
@@ -152,37 +102,38 @@ def loss(benchmark: str, pairs: Mapping[str, Sequence[Run]]) -> Figure:
     return figure
 
 
-def _curves(axis: Axes, runs: Sequence[Run], clock: str, metric: str, shade: str) -> None:
+def _curves(axis: Axes, runs: Sequence[Run], clock: str, metric: str, shade: str) -> float:
+    """Draws the seeds of an optimizer; how far along the clock they are worth seeing."""
+    curve = curves.over_seeds(runs, metric, clock)
+    if len(runs) > _SINGLE:
+        axis.fill_between(*curve.band(), color=shade, alpha=0.16, linewidth=0, zorder=2)
     for run in runs:
-        points = _points(run, clock, metric)
-        axis.plot(*_columns(points), color=shade, linewidth=0.8, alpha=0.5, zorder=2)
+        points = _points(run, curves.COLUMNS[clock], metric)
+        if len(runs) <= _SINGLE:
+            axis.plot(*parts.columns(points), color=shade, linewidth=0.8, alpha=0.5, zorder=2)
         if not statistics.finished(run.summary):
-            axis.plot(*_columns(points[-1:]), zorder=4, **_cross(shade))
-        value, when = dict(_points(run, "step", metric)), dict(_points(run, "step", clock))
-        for at in (run.summary[f"{name}_step"] for name in TARGETS):
+            axis.plot(*parts.columns(points[-1:]), zorder=4, **parts.cross(shade))
+        value, when = (dict(_points(run, "step", column)) for column in (metric, curves.COLUMNS[clock]))
+        for at in (run.summary[f"{name}_step"] for name in TARGETS) if len(runs) <= _SINGLE else ():
             if at in value:  # step 0 has no place on a log scale: the clock's 0
-                axis.plot([when.get(at, 0.0)], [value[at]], zorder=4, **_dot(shade))
-    middle = statistics.median_curve([dict(_points(run, "step", metric)) for run in runs])
-    if clock != "step":
-        times = dict(statistics.median_curve([dict(_points(run, "step", clock)) for run in runs]))
-        middle = [(times.get(step, 0.0), value) for step, value in middle]
-    axis.plot(*_columns(middle), color=shade, linewidth=2.0, zorder=3)
+                axis.plot([when.get(at, 0.0)], [value[at]], zorder=4, **parts.dot(shade))
+    middle = [(x, y) for x, y in zip(curve.x, curve.middle, strict=True) if parts.positive(y)]
+    axis.plot(*parts.columns(middle), color=shade, linewidth=2.0, zorder=3)
+    return curves.interesting(runs, curve, clock)
 
 
 def _points(run: Run, horizontal: str, vertical: str) -> list[tuple[float, float]]:
     """Two columns of the history, where the second is a number that a log scale can show."""
     rows: list[Any] = list(run.history)
-    return [(float(row[horizontal]), float(row[vertical])) for row in rows if _positive(row[vertical])]
+    return [(float(row[horizontal]), float(row[vertical])) for row in rows if parts.positive(row[vertical])]
 
 
 def _fit_losses(axis: Axes, pairs: Mapping[str, Sequence[Run]], metric: str, targets: Collection[float]) -> None:
-    """Keep one exploding run from flattening all others: show up to 3 times the largest initial loss."""
-    curves = [_points(run, "step", metric) for runs in pairs.values() for run in runs]
-    values = [value for curve in curves for _, value in curve]
-    starts = [value for curve in curves for step, value in curve if step == 0]
-    if values and starts:
-        highest = min(max(values), 3 * max(starts))
-        axis.set_ylim(min(*values, *targets) / 1.15, max(highest, *targets) * 1.15)
+    """Keep one exploding run from flattening all others."""
+    points = [_points(run, "step", metric) for runs in pairs.values() for run in runs]
+    found = looks.limits([[value for _, value in curve] for curve in points], targets)
+    if found:
+        axis.set_ylim(*found)
 
 
 # ---------------------------------------------------------------- steps and seconds to target
@@ -202,7 +153,7 @@ def summary(study: Study) -> Figure:
     for axis, clock in zip(grid[-1], ("optimizer steps", "training seconds"), strict=True):
         axis.set_xlabel(f"{clock} to the hard target")
     marks = [
-        Line2D([], [], label="a seed", **_dot("#777777")),
+        Line2D([], [], label="a seed", **parts.dot("#777777")),
         Line2D(
             [],
             [],
@@ -216,9 +167,9 @@ def summary(study: Study) -> Figure:
     ]
     missed = [run.summary for run in _runs(study) if not run.summary["hard_reached"]]
     if any(statistics.finished(outcome) for outcome in missed):
-        marks.append(Line2D([], [], label="not reached within the budget", **_ring("#777777")))
+        marks.append(Line2D([], [], label="not reached within the budget", **parts.ring("#777777")))
     if not all(statistics.finished(outcome) for outcome in missed):
-        marks.append(Line2D([], [], label="diverged or failed", **_cross("#777777")))
+        marks.append(Line2D([], [], label="diverged or failed", **parts.cross("#777777")))
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
     return figure
 
@@ -235,23 +186,23 @@ def _dots(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str], 
         for number, value in enumerate(values):
             offset = place + 0.6 * ((number + 0.5) / len(values) - 0.5)
             if math.isfinite(value):
-                axis.plot([max(value, low)], [offset], zorder=3, **_dot(colour(name)))
+                axis.plot([max(value, low)], [offset], zorder=3, **parts.dot(on_light(name)))
             elif statistics.finished(pairs[name][number].summary):
-                axis.plot([edge], [offset], zorder=3, **_ring(colour(name)))
+                axis.plot([edge], [offset], zorder=3, **parts.ring(on_light(name)))
             else:
-                axis.plot([edge], [offset], zorder=3, **_cross(colour(name)))
+                axis.plot([edge], [offset], zorder=3, **parts.cross(on_light(name)))
         middle = statistics.spread(values)
         if middle and math.isfinite(middle.median):
             axis.plot(
                 [max(middle.median, low)] * 2,
                 [place - 0.46, place + 0.46],
-                color=colour(name),
+                color=on_light(name),
                 linewidth=2.2,
                 zorder=2,
             )
     axis.set_xscale("log")
     axis.set_xlim(low / reach, edge * reach)
-    _log(axis, "x", up_to=high * reach**1.5)
+    parts.log(axis, "x", up_to=high * reach**1.5)
     if not known:
         axis.set_xticks([])
     elif missed:
@@ -281,8 +232,8 @@ def step_cost(study: Study) -> Figure:
     for axis in list(grid.flat)[len(study) :]:
         axis.set_axis_off()
     handles = [
-        Line2D([], [], color=shade, linewidth=6, solid_capstyle="butt", label=PHASE_NAMES.get(phase, phase))
-        for phase, shade in PHASE_COLOURS.items()
+        Line2D([], [], color=shade, linewidth=6, solid_capstyle="butt", label=words)
+        for phase, (words, shade, _) in PHASES.items()
         if phase in used
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.2)
@@ -304,7 +255,7 @@ def _bars(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str]) 
         left = 0.0
         for phase, width in ((phase, part * stretch) for phase, part in parts.items()):
             if width > 0.005 * longest:
-                axis.barh(place, width, left=left, height=0.66, color=PHASE_COLOURS[phase], linewidth=0)
+                axis.barh(place, width, left=left, height=0.66, color=PHASES[phase][1], linewidth=0)
                 left += width
                 used.add(phase)
         multiple = multiples[row["optimizer"]]
@@ -331,30 +282,32 @@ def _bars(axis: Axes, pairs: Mapping[str, Sequence[Run]], names: Sequence[str]) 
 
 def curvature(study: Study) -> Figure | None:
     """Diagnostics of the whole model over steps, a row a quantity, a column a benchmark; None without any."""
-    quantities = [name for name in CURVATURE if any(_traces(run, name) for run in _runs(study))]
+    quantities = [name for name in _DIAGNOSED if any(_traces(run, name) for run in _runs(study))]
     if not quantities:
         return None
     figure = Figure(figsize=(1.2 + 2.3 * len(study), 0.8 + 1.9 * len(quantities)), layout="constrained")
     grid = figure.subplots(len(quantities), len(study), squeeze=False, sharex="col")
     for axes, quantity in zip(grid, quantities, strict=True):
         label, scale = CURVATURE[quantity]
-        axes[0].set_ylabel(label)
+        axes[0].set_ylabel(textwrap.fill(label, 30, break_on_hyphens=False))
         for axis, pairs in zip(axes, study.values(), strict=True):
             for optimizer in ordered(pairs):
                 traces = [dict(_traces(run, quantity)) for run in pairs[optimizer]]
                 for trace in traces:
-                    axis.plot(*_columns(sorted(trace.items())), color=colour(optimizer), linewidth=0.7, alpha=0.4)
-                axis.plot(*_columns(statistics.median_curve(traces)), color=colour(optimizer), linewidth=1.7)
+                    axis.plot(
+                        *parts.columns(sorted(trace.items())), color=on_light(optimizer), linewidth=0.7, alpha=0.4
+                    )
+                axis.plot(*parts.columns(statistics.median_curve(traces)), color=on_light(optimizer), linewidth=1.7)
             axis.set_xlim(left=0)
             if scale == "log":
                 axis.set_yscale("log")
-                _log(axis, "y")
+                parts.log(axis, "y")
             axis.xaxis.set_major_locator(MaxNLocator(4))
     for benchmark, top, bottom in zip(study, grid[0], grid[-1], strict=True):
         top.set_title(benchmark, fontweight="bold")
         bottom.set_xlabel("optimizer steps")
     names = ordered({optimizer for pairs in study.values() for optimizer in pairs})
-    handles = [Line2D([], [], color=colour(name), linewidth=2.2, label=name) for name in names]
+    handles = [Line2D([], [], color=on_light(name), linewidth=2.2, label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.8)
     return figure
 
@@ -366,59 +319,6 @@ def _runs(study: Study) -> Iterator[Run]:
 
 
 def _traces(run: Run, quantity: str) -> list[tuple[float, float]]:
-    shown = _positive if CURVATURE[quantity][1] == "log" else _finite
+    shown = parts.positive if CURVATURE[quantity][1] == "log" else parts.finite
     rows: list[Any] = [row for row in run.curvature if row["quantity"] == quantity and row["layer"] == ""]
     return [(float(row["step"]), float(row["value"])) for row in rows if shown(row["value"])]
-
-
-# ---------------------------------------------------------------- marks and axes
-
-
-def _dot(shade: str) -> dict[str, Any]:
-    return {"color": shade, "marker": "o", "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.7,
-            "linestyle": ""}  # fmt: skip
-
-
-def _ring(shade: str) -> dict[str, Any]:
-    return {"color": shade, "marker": "o", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.3,
-            "linestyle": ""}  # fmt: skip
-
-
-def _cross(shade: str) -> dict[str, Any]:
-    return {"color": shade, "marker": "x", "markersize": 5.5, "markeredgewidth": 1.6, "linestyle": ""}
-
-
-def _log(axis: Axes, which: str, up_to: float = math.inf) -> None:
-    """A log scale whose labels are plain numbers, also where it spans less than a decade; for limits that are final."""
-    (axis.set_yscale if which == "y" else axis.set_xscale)("log")
-    side = axis.yaxis if which == "y" else axis.xaxis
-    low, high = side.get_view_interval()
-    side.set_major_locator(FixedLocator(_ticks(low, min(high, up_to))))
-    side.set_minor_locator(LogLocator(subs=range(1, 10), numticks=50) if math.isinf(up_to) else NullLocator())
-    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    side.set_minor_formatter(NullFormatter())
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers within the limits, evenly spread on a log scale as far as round numbers are."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    stride = max(1, round(len(decades) / 6))
-    for leading in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        coarse = decades[::stride] if len(leading) == 1 else decades
-        ticks = [float(f"{digit}e{decade}") for decade in coarse for digit in leading]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            return ticks
-    return [float(f"{tick:.12g}") for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-
-
-def _columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _positive(value: Any) -> bool:
-    return _finite(value) and value > 0

@@ -29,13 +29,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline import optimizers
 from pipeline.augmentation import draw
+from pipeline.averaging import Average
+from pipeline.batches import Order, batch_size, check_batch_size
 from pipeline.clocks import PeakMemory, Stopwatch
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config import RunConfig
 from pipeline.device import autocast, compiled, loss_scaler
 from pipeline.evaluation import LOSSES, Evaluation
 from pipeline.probe import Probe
 from pipeline.records import Row
 from pipeline.seeds import number, random_states, set_random_states
+from pipeline.states import plain, whole
+from pipeline.targets import target_keys
 
 DIVERGED_FACTOR = 10.0
 DIVERGED_EVALUATIONS = 5
@@ -58,7 +62,6 @@ class Progress:
     lr: float = 0.0
     history: list[Row] = field(default_factory=list)
     curvature: list[Row] = field(default_factory=list)
-    reached: dict[str, tuple[int, float]] = field(default_factory=dict)  # target -> step and seconds
     far_evaluations: int = 0  # evaluations in a row with a loss far above the initial one
     evaluation_seconds: float = 0.0
     diagnostics_seconds: float = 0.0
@@ -170,9 +173,10 @@ class Training:
 
         The order of examples is not among it, for it is a function of the seed and ``progress.examples``.
         """
+        modules = {name: module.state_dict() for name, module in self._modules().items()}
         return {
             "progress": vars(self.progress),
-            "modules": {name: module.state_dict() for name, module in self._modules().items()},
+            "modules": {**modules, "optimizer": plain(modules["optimizer"])},
             "probe": self.probe.state(),
             "seconds": self.stopwatch.seconds(),
             "memory_mib": self.memory.mib,
@@ -182,8 +186,11 @@ class Training:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave, in a new process."""
         self.progress = Progress(**state["progress"])
+        classes = [self.run.target_class, *([self.run.rest["_target_"]] if self.run.rest else [])]
+        packages = {name.partition(".")[0] for name in classes}
+        modules = {**state["modules"], "optimizer": whole(state["modules"]["optimizer"], packages, self.device)}
         for name, module in self._modules().items():
-            module.load_state_dict(state["modules"][name])
+            module.load_state_dict(modules[name])
         self.probe.restore(state["probe"])
         self.stopwatch.go_on_from(state["seconds"])
         self.memory.go_on_from(state["memory_mib"])
@@ -248,7 +255,6 @@ class Training:
             **{f"stats_{name}": float(value) for name, value in getattr(self.optimizer, "stats", {}).items()},
         }
         progress.history.append(row)
-        self._note_targets(measured[self.run.target_metric])
         self._judge(row)
         rows: list[Row] = []
         if progress.step in self.probe.steps and progress.status == "finished":
@@ -259,14 +265,6 @@ class Training:
         tracker.log(row, rows)
         watch(progress)
         self.memory.resume()
-
-    def _note_targets(self, value: float | None) -> None:
-        """The first evaluation at or below a target reaches it, if the seconds of the budget are not over."""
-        progress, run = self.progress, self.run
-        in_time = run.seconds is None or progress.seconds <= run.seconds
-        for name, target in run.targets.items():
-            if name not in progress.reached and in_time and value is not None and value <= target:
-                progress.reached[name] = progress.step, progress.seconds
 
     def _judge(self, row: Row) -> None:
         """Has the run diverged? See the head of this file."""
@@ -307,7 +305,7 @@ class Training:
             "diagnostics_seconds": progress.diagnostics_seconds,
             "peak_memory_mib": self.memory.mib,
             "target_metric": run.target_metric,
-            **_target_keys(run.targets, progress.reached),
+            **target_keys(progress.history, run.target_metric, run.targets, run.seconds),
             **{name: last.get(name) for name in ("train_loss", "train_score")},
             **{f"validation_{name}": last.get(f"validation_{name}") for name in ("loss", "score", "error")},
             "test_loss": tested.get("test_loss"),
@@ -316,119 +314,6 @@ class Training:
             "excess_loss": last.get("excess_loss"),
             "teacher_loss": self.data.teacher_loss,
         }
-
-
-def _target_keys(targets: dict[str, float], reached: dict[str, tuple[int, float]]) -> dict[str, Any]:
-    """``hard_target``, ``hard_reached``, ``hard_step``, ``hard_seconds``, and the same for each target."""
-    keys: dict[str, Any] = {}
-    for name, target in targets.items():
-        step, seconds = reached.get(name, (None, None))
-        keys |= {f"{name}_target": target, f"{name}_reached": name in reached}
-        keys |= {f"{name}_step": step, f"{name}_seconds": seconds}
-    return keys
-
-
-# ---------------------------------------------------------------- order and size of batches
-
-
-def permutation(examples: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(examples, generator=generator)
-
-
-class Order:
-    """The endless order of examples at a seed: one permutation an epoch, each made from seed and epoch alone.
-
-    It is drawn on the CPU, the same for every device, and moved once an epoch; a batch is then a slice on the device.
-    What else each example of an epoch needs of chance is made likewise, by another ``make`` for another purpose.
-    """
-
-    def __init__(
-        self,
-        examples: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-        purpose: str = "order",
-        make: Callable[[int, torch.Generator], Tensor] = permutation,
-    ) -> None:
-        self.examples = examples
-        self._seed, self._device, self._purpose, self._make = seed, torch.device(device), purpose, make
-        self._epoch = -1
-        self._made = torch.empty(0)
-
-    def next(self, position: int, count: int) -> Tensor:
-        """Rows [count] for the examples number ``position`` and following; a batch may span two epochs."""
-        parts: list[Tensor] = []
-        while count > 0:
-            epoch, start = divmod(position, self.examples)
-            if epoch != self._epoch:
-                self._begin(epoch)
-            parts.append(self._made[start : start + count])
-            position += len(parts[-1])
-            count -= len(parts[-1])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _begin(self, epoch: int) -> None:
-        generator = torch.Generator().manual_seed(number(self._seed, f"{self._purpose} {epoch}"))
-        made = self._make(self.examples, generator)
-        if self._device.type == "cuda":
-            made = made.pin_memory()  # or the copy would wait for all that the device still has to do
-        self._made, self._epoch = made.to(self._device, non_blocking=True), epoch
-
-
-def batch_size(run: RunConfig, seen: int, examples: int) -> int:
-    """Size of the next batch after ``seen`` examples of a split of ``examples``: constant, or growing exponentially
-    over the first ``over_epochs`` epochs."""
-    size = run.batch_size
-    if isinstance(size, int):
-        return size
-    share = min(1.0, seen / (examples * size["over_epochs"]))
-    return round(size["from"] * (size["to"] / size["from"]) ** share)
-
-
-def check_batch_size(run: RunConfig, examples: int) -> None:
-    size = run.batch_size
-    largest = size if isinstance(size, int) else max(size["from"], size["to"])
-    if largest > examples:
-        raise ConfigError(
-            f"batch_size: {largest} of {run.optimizer} on {run.benchmark} is not allowed; "
-            f"expected at most {examples}, the examples of the training split"
-        )
-
-
-# ---------------------------------------------------------------- averaging and learning rate
-
-
-def averaging_coefficient(k: int, largest: float) -> float:
-    """Share of the old average after ``k`` updates: min(1 - 10 / (k + 10), ``largest``)."""
-    return min(1.0 - 10.0 / (k + 10.0), largest)
-
-
-class Average(nn.Module):
-    """A running average of parameters and buffers, so that batch-norm statistics belong to about the weights they
-    are used with; counts are copied. Its own count is on the CPU, so that an update waits for no device (torch's
-    ``AveragedModel`` does)."""
-
-    n_averaged: Tensor
-
-    def __init__(self, model: nn.Module, largest: float) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(model)
-        self.largest = largest
-        self.register_buffer("n_averaged", torch.tensor(0))
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Take in the present weights of ``model``; the first ones are copied."""
-        share = 1.0 - averaging_coefficient(int(self.n_averaged), self.largest)
-        averaged, present = (dict(net.named_parameters()) | dict(net.named_buffers()) for net in (self.module, model))
-        numbers = [name for name, tensor in averaged.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([averaged[name] for name in numbers], [present[name] for name in numbers], share)
-        if counts := [name for name in averaged if name not in set(numbers)]:
-            torch._foreach_copy_([averaged[name] for name in counts], [present[name] for name in counts])
-        self.n_averaged += 1
 
 
 def learning_rate_factor(run: RunConfig) -> Callable[[int], float]:

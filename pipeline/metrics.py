@@ -74,6 +74,11 @@ def summary_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     return _finite({name: summary.get(key) for key, name in _SUMMARY.items()})
 
 
+def with_limits(metric: str) -> tuple[str, str, str]:
+    """The names of a mean over seeds and of the limits of its interval."""
+    return metric, f"{metric}_low", f"{metric}_high"
+
+
 def parameters(config: Mapping[str, Any]) -> dict[str, str]:
     """The resolved configuration, flat: `optimizer.lr`, `model.widths`, `batch_size`, …; lists and null as JSON."""
     flat: dict[str, str] = {}

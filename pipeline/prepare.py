@@ -97,17 +97,29 @@ def split(classes: list[int], validation: float, test: float, seed: int) -> dict
 
     stream = random.Random(seed)
     parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for label in sorted(set(classes)):
-        rows = [row for row, c in enumerate(classes) if c == label]
+    members: dict[int, list[int]] = {label: [] for label in sorted(set(classes))}
+    for row, label in enumerate(classes):
+        members[label].append(row)
+    sizes = [len(rows) for rows in members.values()]
+    for rows, tested, validating in zip(members.values(), shares(sizes, test), shares(sizes, validation), strict=True):
         stream.shuffle(rows)
-        tested = round(test * len(rows))
-        validated = tested + round(validation * len(rows))
+        validated = tested + validating
         parts["test"] += rows[:tested]
         parts["validation"] += rows[tested:validated]
         parts["train"] += rows[validated:]
     for rows in parts.values():
         stream.shuffle(rows)
     return parts
+
+
+def shares(sizes: list[int], fraction: float) -> list[int]:
+    """`fraction` of each of `sizes` in whole numbers that add up to that of their sum: by the largest remainders."""
+    exact = [round(fraction * size, 9) for size in sizes]
+    counts = [int(count) for count in exact]
+    most_left = sorted(range(len(sizes)), key=lambda k: counts[k] - exact[k])  # equal remainders in their order
+    for k in most_left[: round(fraction * sum(sizes)) - sum(counts)]:
+        counts[k] += 1
+    return counts
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ the difference of the raw weights. At step 0 there is no update yet. The copy is
 being minimised, batch norm by the statistics of the probe batch), but without dropout.
 
 Price levels: ``off``; ``light``, up to five points of the run, evenly spaced in the logarithm of the step; ``full``,
-every evaluation, on more examples, with more eigenvalues and the GGN block of every layer.
+every evaluation, on more examples, with more eigenvalues and the GGN block of every layer. Of a large network the
+curvature is that of fewer examples (`Price.operations`), since a probe takes dozens of products with it; the gradient
+and the decrease of a step are always those of its batch.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kfac import diagnostics
 from pipeline.config import RunConfig
@@ -32,6 +35,7 @@ from pipeline.evaluation import LOSSES
 from pipeline.records import Row
 
 RELATIVE_DAMPING = 0.5  # of the reference natural gradient: this times the mean curvature, trace / parameters
+LEAST = 16  # examples for curvature, however large the network
 _LIGHT_POINTS = 4  # besides step 0
 _ORDINALS = ("top", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
@@ -40,6 +44,7 @@ _ORDINALS = ("top", "second", "third", "fourth", "fifth", "sixth", "seventh", "e
 class Price:
     examples: int  # of the fixed batch
     step_examples: int  # of the step's batch, at most
+    operations: float  # of a forward pass for curvature, at most: decides between these examples and LEAST
     eigenvalues: int
     tolerance: float  # relative, of an eigenvalue
     trace_samples: int
@@ -52,6 +57,7 @@ PRICES = {
     "light": Price(
         examples=64,
         step_examples=512,
+        operations=5e8,
         eigenvalues=2,
         tolerance=0.03,
         trace_samples=8,
@@ -62,6 +68,7 @@ PRICES = {
     "full": Price(
         examples=256,
         step_examples=1024,
+        operations=1e10,
         eigenvalues=8,
         tolerance=0.01,
         trace_samples=32,
@@ -98,14 +105,17 @@ class Probe:
             return
         self._price = PRICES[run.diagnostics]
         self._criterion = LOSSES[run.loss](data.outputs)
-        self._twin = copy.deepcopy(model).train()
+        self._twin = copy.deepcopy(model)
+        most = self._price.operations / _operations(self._twin, data.train)
+        self._most = max(LEAST, int(most))  # examples for curvature
+        self._twin.train()
         for module in self._twin.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.eval()
         count = len(data.train)
         generator = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(count, generator=generator)[: self._price.examples].to(data.train.inputs.device)
-        self._inputs, self._targets = data.train.batch(chosen)
+        chosen = torch.randperm(count, generator=generator)[: min(self._price.examples, self._most)]
+        self._inputs, self._targets = data.train.batch(chosen.to(data.train.inputs.device))
         self._layers: dict[str, list[int]] = defaultdict(list)  # indices into the trained parameters
         for index, (name, _) in enumerate(_trained(self._twin)):
             self._layers[name.rpartition(".")[0]].append(index)
@@ -144,6 +154,7 @@ class Probe:
                 rows += self._spectrum(step, layer, block, 1)
         gradient = list(operator.gradient)
         rows += self._norms(step, "gradient_norm", gradient)
+        rows.append(_row(step, "", "examples", len(self._inputs)))
         if step:
             rows += self._update(step, model, RELATIVE_DAMPING * trace / operator.size)
         if hasattr(optimizer, "curvature"):
@@ -163,14 +174,16 @@ class Probe:
 
     def _update(self, step: int, model: nn.Module, damping: float) -> list[Row]:
         """How good the step was that led here, on its own batch; moves the copy to its end."""
-        operator = diagnostics.GGN(self._twin, self._criterion, *self._batch)
-        gradient = list(operator.gradient)
+        inputs, targets = (part[: self._most] for part in self._batch)
+        operator = diagnostics.GGN(self._twin, self._criterion, inputs, targets)
+        loss = self._loss()
+        weights = [parameter for _, parameter in _trained(self._twin)]
+        gradient = list(torch.autograd.grad(loss, weights, materialize_grads=True))
         with torch.no_grad():
-            start = self._loss()
             pairs = zip(_trained(model), _trained(self._twin), strict=True)
             update = [after - before for (_, after), (_, before) in pairs]
             self._follow(model)
-            decrease = start - self._loss()
+            decrease = float(loss) - float(self._loss())
         natural = diagnostics.damped_natural_gradient(
             operator,
             gradient,
@@ -198,9 +211,9 @@ class Probe:
             for layer, members in parts.items()
         ]
 
-    def _loss(self) -> float:
+    def _loss(self) -> Tensor:
         inputs, targets = self._batch
-        return float(self._criterion(self._twin(inputs), targets))
+        return self._criterion(self._twin(inputs), targets)
 
     def _kronecker(self, step: int, optimizer: Any) -> list[Row]:
         """What the Kronecker optimizers believe, by layer and summarised by the median over layers.
@@ -248,6 +261,14 @@ class Probe:
 
 def _row(step: int, layer: str, quantity: str, value: float | Tensor) -> Row:
     return {"step": step, "layer": layer, "quantity": quantity, "value": float(value)}
+
+
+def _operations(model: nn.Module, split: Any) -> int:
+    """Multiplications and additions of a forward pass of one example."""
+    inputs, _ = split.batch(slice(1))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(inputs)
+    return max(1, counter.get_total_flops())
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

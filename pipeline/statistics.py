@@ -1,19 +1,36 @@
-"""What a handful of seeds can carry: medians, extremes, counts and ratios of medians; pure functions on numbers.
+"""What the seeds of a study can carry: medians and extremes for the table, intervals and tests for the verdicts.
 
-A run that does not reach its target within the budget, diverges or fails is no missing value but a bad one: it
-counts as infinity, the worst outcome, so that a median over seeds can only be finite when most of them got there.
-There are no intervals and no tests here: three seeds do not support them.
+Pure functions on numbers. The one idea: a run that misses its target, diverges or fails is no missing value but a bad
+one. In medians and extremes it counts as infinity, the worst outcome; where an average is taken its time to target is
+*censored*: known only to be longer than the run lasted. docs/statistics.md has the definitions and what they rest on.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TARGETS
+from pipeline.seeds import number
+
+if TYPE_CHECKING:  # numpy and scipy are slow to import and of no use to the checks of a stage
+    import numpy as np
+
+LEVEL = 0.95
+"""Of every interval."""
+BOOTSTRAP_FROM = 10
+"""Seeds from which on intervals are bootstrapped; below, they come from the t distribution."""
+RESAMPLES = 9_999
+EXACT_FLIPS = 16  # values up to which every choice of signs is tried
+ONE_BENCHMARK, POOLED = 10, 5
+"""Pairs of seeds that a verdict needs: on one benchmark, and on each of several that are pooled."""
+PROFILE_LIMIT = 10.0
+"""How many times slower than the fastest a performance profile looks."""
 
 ORDER = ("sgd", "adam", "adamw", "muon", "soap", "shampoo", "kfac", "ekfac", "gkfac")
 """Optimizers in the order in which they are shown; any others follow by name."""
@@ -63,9 +80,9 @@ def finished(summary: Mapping[str, Any]) -> bool:
 
 def to_target(summary: Mapping[str, Any], target: str, quantity: str) -> float:
     """``step``, ``examples`` or ``seconds`` of a run at the target ``easy`` or ``hard``; infinity when it was not
-    reached."""
+    reached, or when the run did not finish."""
     value = summary.get(f"{target}_{quantity}")
-    return float(value) if summary[f"{target}_reached"] and value is not None else math.inf
+    return float(value) if finished(summary) and summary[f"{target}_reached"] and value is not None else math.inf
 
 
 def final(summary: Mapping[str, Any], quantity: str) -> float | None:
@@ -138,7 +155,7 @@ def pair(summaries: Sequence[Mapping[str, Any]], budget: int, budget_seconds: fl
         row[status] = sum(summary["status"] == status for summary in summaries)
     row |= _spread_columns("steps", [s["steps"] for s in summaries])
     for target in TARGETS:
-        row[f"reached_{target}"] = sum(bool(summary[f"{target}_reached"]) for summary in summaries)
+        row[f"reached_{target}"] = sum(math.isfinite(to_target(summary, target, "step")) for summary in summaries)
         row[f"reach_rate_{target}"] = row[f"reached_{target}"] / len(summaries)
         row |= _spread_columns(f"steps_to_{target}", [to_target(s, target, "step") for s in summaries])
         row |= _spread_columns(f"examples_to_{target}", [to_target(s, target, "examples") for s in summaries])
@@ -175,3 +192,258 @@ def median_curve(curves: Sequence[Mapping[float, float]]) -> list[tuple[float, f
         if found and math.isfinite(found.median):
             points.append((step, found.median))
     return points
+
+
+# ---------------------------------------------------------------- times to target
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its interval of confidence. ``method`` is ``t``, ``BCa``, ``percentile`` or ``all equal``; ``n``
+    the seeds (the fewest that a benchmark has, where several are pooled)."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    method: str
+    n: int
+
+
+@dataclass(frozen=True)
+class Time:
+    """When a run reached a target; or when it was given up without (``reached`` false), so that it is longer."""
+
+    value: float
+    reached: bool
+
+
+def reach_horizon(groups: Iterable[Sequence[Time]], budget: float | None = None) -> float:
+    """How far the times of all groups are known: the budget, or the end of the first group to end with a miss."""
+    groups = list(groups)
+    last = [max(group, key=lambda time: (time.value, not time.reached)) for group in groups]
+    ends = [time.value for time in last if not time.reached]
+    if budget is not None:
+        ends.append(budget)
+    return min(ends, default=max(time.value for time in last))
+
+
+def restricted_mean(times: Sequence[Time], horizon: float) -> float:
+    """Mean time to target up to ``horizon``: the area below the survival curve of Kaplan and Meier."""
+    left, alive = [0.0], [1.0]
+    for moment, survival in _survival(times):
+        if moment < horizon:
+            left.append(moment)
+            alive.append(survival)
+    widths = [end - start for start, end in zip(left, [*left[1:], horizon], strict=True)]
+    return math.fsum(share * width for share, width in zip(alive, widths, strict=True))
+
+
+def kaplan_meier_median(times: Sequence[Time]) -> float | None:
+    """Where the survival curve crosses one half, midway where it stays there for a while; None: it does not cross."""
+    half = None
+    for moment, survival in _survival(times):
+        if survival < 0.5 - 1e-9:
+            return moment if half is None else (half + moment) / 2
+        if half is None and survival < 0.5 + 1e-9:
+            half = moment
+    return None
+
+
+def _survival(times: Sequence[Time]) -> list[tuple[float, float]]:
+    """Kaplan and Meier's share that is still on the way after each time."""
+    from scipy import stats
+
+    missed = [not time.reached for time in times]
+    curve = stats.ecdf(stats.CensoredData.right_censored([time.value for time in times], missed)).sf
+    return list(zip(curve.quantiles.tolist(), curve.probabilities.tolist(), strict=True))
+
+
+def median_interval(times: Sequence[Time], bootstrap_from: int = BOOTSTRAP_FROM) -> Interval | None:
+    """Of the median time: BCa where it exists and the seeds suffice; below, where all of them got there, the t
+    interval of log times, whose estimate is the geometric mean. An end at the last time means: there or later."""
+    if len(times) < bootstrap_from:
+        logs = [math.log(time.value) for time in times if time.reached]
+        return ratio_interval([logs], bootstrap_from) if len(logs) == len(times) else None
+    middle = kaplan_meier_median(times)
+    if middle is None:
+        return None
+    import numpy as np
+
+    value = np.array([time.value for time in times])
+    reached = np.array([time.reached for time in times])
+    low, high, method = _bootstrap((value, reached), medians, paired=True)
+    return Interval(middle, low, high, LEVEL, method, len(times))
+
+
+def medians(value: np.ndarray, reached: np.ndarray, axis: int = -1) -> np.ndarray:
+    """:func:`kaplan_meier_median` of many samples at once [..., n]; the last time of a sample where there is none."""
+    import numpy as np
+
+    value, reached = np.moveaxis(value, axis, -1), np.moveaxis(reached, axis, -1)
+    order = np.lexsort((~reached, value), axis=-1)  # at the same time, who got there comes before who did not
+    value, reached = np.take_along_axis(value, order, -1), np.take_along_axis(reached, order, -1)
+    at_risk = np.arange(value.shape[-1], 0, -1)
+    alive = np.cumprod(1 - reached / at_risk, axis=-1)
+
+    crossed = alive < 0.5 - 1e-9
+    ends = [
+        np.take_along_axis(value, below.argmax(-1)[..., None], -1)[..., 0] for below in (alive < 0.5 + 1e-9, crossed)
+    ]
+    return np.where(crossed.any(-1), (ends[0] + ends[1]) / 2, value[..., -1])
+
+
+# ---------------------------------------------------------------- pairs of one seed
+
+
+def log_ratio(time: Time, reference: Time) -> float:
+    """Logarithm of the reference's time over the other; with a miss the nearest to 0 that is sure, 0 if nothing is."""
+    ratio = math.log(reference.value / time.value)
+    if time.reached and reference.reached:
+        return ratio
+    if time.reached:
+        return max(0.0, ratio)
+    return min(0.0, ratio) if reference.reached else 0.0
+
+
+def faster(time: Time, reference: Time) -> float:
+    """1 where ``time`` is the shorter, 0 where it is the longer, one half for a tie. A miss is longer than any time up
+    to its end; beyond that, as between two misses, nothing is known, which counts as a tie."""
+    if time.reached and reference.reached:
+        return 0.5 if time.value == reference.value else float(time.value < reference.value)
+    if time.reached:
+        return 1.0 if time.value <= reference.value else 0.5
+    return 0.0 if reference.reached and reference.value <= time.value else 0.5
+
+
+# ---------------------------------------------------------------- means over strata
+
+
+def mean_interval(strata: Sequence[Sequence[float]], bootstrap_from: int = BOOTSTRAP_FROM) -> Interval | None:
+    """Of the mean of the strata's means (a stratum: the seeds of a benchmark); None below two seeds.
+
+    Strata are fixed: the interval speaks of these benchmarks with other seeds, not of other benchmarks.
+    """
+    fewest = min(map(len, strata), default=0)
+    if fewest < 2:
+        return None
+    import numpy as np
+
+    samples = [np.asarray(stratum, dtype=float) for stratum in strata]
+    estimate = fmean(fmean(stratum) for stratum in strata)
+    spread_out = any(np.ptp(sample) > 0 for sample in samples)
+    find = _bootstrap if fewest >= bootstrap_from else _welch
+    low, high, method = find(samples, _mean_of_means) if spread_out else (estimate, estimate, "all equal")
+    return Interval(estimate, low, high, LEVEL, method, fewest)
+
+
+def ratio_interval(strata: Sequence[Sequence[float]], bootstrap_from: int = BOOTSTRAP_FROM) -> Interval | None:
+    """Of the geometric mean, from log ratios."""
+    return _exponential(mean_interval(strata, bootstrap_from))
+
+
+def _exponential(found: Interval | None) -> Interval | None:
+    if found is None:
+        return None
+    estimate, low, high = (math.exp(value) for value in (found.estimate, found.low, found.high))
+    return replace(found, estimate=estimate, low=low, high=high)
+
+
+def _mean_of_means(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    total: np.ndarray = sum(sample.mean(axis=axis) for sample in samples[1:]) + samples[0].mean(axis=axis)
+    return total / len(samples)
+
+
+def _welch(samples: Sequence[np.ndarray], statistic: Any) -> tuple[float, float, str]:
+    """By the t distribution, with the degrees of freedom of Welch and Satterthwaite; n - 1 for one stratum."""
+    from scipy import stats
+
+    parts = [float(sample.var(ddof=1)) / len(sample) for sample in samples]
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(sample) - 1) for part, sample in zip(parts, samples, strict=True))
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(sum(parts)) / len(samples)
+    estimate = float(statistic(*samples))
+    return estimate - half, estimate + half, "t"
+
+
+def _bootstrap(samples: Sequence[np.ndarray], statistic: Any, *, paired: bool = False) -> tuple[float, float, str]:
+    """Bias-corrected and accelerated (Efron 1987); strata are resampled apart, columns of pairs together. Percentiles
+    where the acceleration is 0 / 0, as for a median with many equal times around it."""
+    import numpy as np
+    from scipy import stats
+
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scipy's and numpy's, of the 0 / 0
+            found = stats.bootstrap(
+                samples,
+                statistic,
+                paired=paired,
+                vectorized=True,
+                n_resamples=RESAMPLES,
+                confidence_level=LEVEL,
+                method=method,
+                random_state=np.random.default_rng(number(0, "bootstrap")),
+            ).confidence_interval
+        if math.isfinite(found.low) and math.isfinite(found.high):
+            break
+    return float(found.low), float(found.high), method
+
+
+# ---------------------------------------------------------------- tests
+
+
+def sign_flip(strata: Sequence[Sequence[float]]) -> float:
+    """Two-sided p of the mean of the strata's means, had each value had either sign alike.
+
+    Every choice of signs is tried up to ``EXACT_FLIPS`` values, else as many at random, the one observed among them.
+    """
+    import numpy as np
+
+    weighted = np.concatenate([np.asarray(stratum, dtype=float) / len(stratum) for stratum in strata])
+    means = np.abs(_signs(len(weighted)) @ weighted)
+    observed = abs(weighted.sum())
+    return float(np.mean(means >= observed - 1e-9 * np.abs(weighted).sum()))
+
+
+@lru_cache(maxsize=4)
+def _signs(count: int) -> np.ndarray:
+    """Rows of -1 and 1 [choices, count]; the first leaves all signs as they are."""
+    import numpy as np
+
+    if count <= EXACT_FLIPS:
+        flipped = np.arange(2**count)[:, None] >> np.arange(count) & 1
+    else:
+        flipped = np.random.default_rng(number(0, "signs")).integers(2, size=(2**EXACT_FLIPS, count))
+        flipped[0] = 0
+    return 1.0 - 2.0 * flipped
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """The p of a family of tests, adjusted by Holm (1979): at most one false positive in ``1 / level`` families."""
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+# ---------------------------------------------------------------- performance profiles
+
+
+def slowdowns(times: Mapping[str, Time]) -> dict[str, float]:
+    """Each optimizer's time on one problem over the fastest; infinity for a miss."""
+    fastest = min((time.value for time in times.values() if time.reached), default=math.inf)
+    return {name: time.value / fastest if time.reached else math.inf for name, time in times.items()}
+
+
+def profile(strata: Sequence[Sequence[float]], limit: float = PROFILE_LIMIT) -> tuple[list[float], list[float]]:
+    """Dolan and Moré's profile: where it steps up from 1 to ``limit``, and the share of the problems whose slowdown is
+    at most that (of a stratum's problems, then the mean over strata)."""
+    tau = sorted({1.0, limit, *(value for stratum in strata for value in stratum if value <= limit)})
+    return tau, [fmean(fmean(value <= at for value in stratum) for stratum in strata) for at in tau]
+
+
+def profile_area(slowdown: float, limit: float = PROFILE_LIMIT) -> float:
+    """What one problem adds to the area below a profile over the logarithm of tau, as a share of the largest: 1 for the
+    fastest, 0 from ``limit`` times slower on. The area is the mean over problems, exactly."""
+    return 1.0 - min(1.0, math.log(slowdown) / math.log(limit))

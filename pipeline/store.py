@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import re
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ from typing import Any
 from pipeline.checks import ConfigError
 
 VARIABLE = "MLFLOW_TRACKING_URI"
-ALLOWED = "http(s)://host:port, a database such as sqlite:///mlflow.db, or unset (mlflow.db of this repository)"
+ALLOWED = (
+    "http(s)://host:port, a database such as sqlite:///mlflow.db or postgresql://user:password@host/name (with"
+    " `pip install '.[postgres]'`), or unset (mlflow.db of this repository)"
+)
 SCHEMES = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
 BUSY_WITHIN = 5.0  # seconds that an SQLite file may be busy with something that is not ours
 LOCK_WITHIN = 60.0  # seconds to wait for other processes that open or write the same local store
@@ -29,10 +34,17 @@ LOCK_WITHIN = 60.0  # seconds to wait for other processes that open or write the
 
 @dataclass(frozen=True)
 class Place:
-    """A store's address, and its file if it is an SQLite store."""
+    """A store's address, and its file if it is an SQLite store. What is printed or kept is the place as a text."""
 
     address: str
     database: Path | None
+
+    def __str__(self) -> str:
+        return without_credentials(self.address)
+
+    @property
+    def is_server(self) -> bool:
+        return self.address.startswith(("http://", "https://", "databricks"))
 
     def check(self) -> None:
         """Raises ConfigError when it cannot be a store, or is a file that cannot be used. Asks no server."""
@@ -41,16 +53,25 @@ class Place:
             return
         scheme, separator, _ = self.address.partition("://")
         if not (separator and scheme.partition("+")[0] in SCHEMES):
-            raise ConfigError(f"{VARIABLE}: {self.address!r} is no tracking store; allowed: {ALLOWED}")
+            raise ConfigError(f"{VARIABLE}: {str(self)!r} is no tracking store; allowed: {ALLOWED}")
+
+    @property
+    def folder(self) -> Path:
+        """Where files of the store are that no server keeps."""
+        return workspace() if self.database is None else self.database.parent
+
+    def opening(self) -> AbstractContextManager[None]:
+        """Have a store without a server for oneself: making its tables twice at once breaks it."""
+        return contextlib.nullcontext() if self.is_server else self._lock()
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Have an SQLite store for oneself: its own waiting starves writers."""
+        return contextlib.nullcontext() if self.database is None else self._lock()
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Have an SQLite store for oneself: making it twice at once breaks it, and its own waiting starves writers."""
-        if self.database is None:
-            yield
-            return
-        self.database.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{self.database}.lock", "a", encoding="utf-8") as lock:
+    def _lock(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(f"{self.database or self.folder / 'mlflow.db'}.lock", "a", encoding="utf-8") as lock:
             deadline = time.monotonic() + LOCK_WITHIN
             while not _locked(lock.fileno()):
                 if time.monotonic() > deadline:
@@ -66,10 +87,17 @@ def place() -> Place:
     root = workspace()
     address = os.environ.get(VARIABLE) or "sqlite:///mlflow.db"
     if not address.startswith("sqlite:///"):
-        return Place(address, None)
+        return Place(_with_driver(address), None)
     path, mark, options = address.removeprefix("sqlite:///").partition("?")
     database = root / path
     return Place(f"sqlite:///{database}{mark}{options}", database)
+
+
+def _with_driver(address: str) -> str:
+    """SQLAlchemy takes psycopg for a PostgreSQL address that names no driver; the extra `postgres` brings psycopg2."""
+    if importlib.util.find_spec("psycopg") is None:
+        return re.sub(r"^postgresql://", "postgresql+psycopg2://", address)
+    return address
 
 
 def workspace() -> Path:
@@ -97,9 +125,14 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
     return outcome["value"]
 
 
+def without_credentials(text: str) -> str:
+    """A text whose addresses have neither user and password nor, of databases and servers, options."""
+    return re.sub(r"(\w+://)(?:[^\s/]*@)?([^\s/?]+[^\s?]*)(?:\?\S*)?", r"\1\2", text)
+
+
 def reason(error: BaseException) -> str:
     """Why a store failed, in a few words; MLflow's own messages carry whole stacks and SQL statements."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_credentials(" ".join(str(error).split())) or type(error).__name__
     known = re.search(
         r"Connection refused|Connection reset|Remote end closed connection|Name or service not known|No route to host"
         r"|[Rr]ead timed out|timed out|database is locked|attempt to write a readonly database|database or disk is full"

@@ -44,11 +44,16 @@ def main(benchmark: str, optimizer: str) -> None:
     run = resolve(params, benchmark, optimizer)  # before torch is imported: a wrong value is refused at once
     # scipy's vectors are short, and threads of its BLAS that spin between calls take torch's cores
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    train(run, checkpoint_seconds=params.checkpoint_seconds)
+    train(run, checkpoint_seconds=params.checkpoint_seconds, study=params.study)
 
 
-def train(run: RunConfig, results: str | Path = RESULTS, checkpoint_seconds: float = 60.0) -> None:
-    """Train all seeds of ``run`` and write their records; see the head of this file for how it ends."""
+def train(
+    run: RunConfig, results: str | Path = RESULTS, checkpoint_seconds: float = 60.0, study: str = "default"
+) -> None:
+    """Train all seeds of ``run`` and write their records; see the head of this file for how it ends.
+
+    ``study`` is only recorded.
+    """
     from pipeline import data as datasets
     from pipeline.device import describe_environment, prepare_device
 
@@ -57,7 +62,7 @@ def train(run: RunConfig, results: str | Path = RESULTS, checkpoint_seconds: flo
     _check_writable(folder)
     device = prepare_device(run)
     data = datasets.load(run.benchmark, device=device)
-    environment = describe_environment(run, device)
+    environment = {**describe_environment(run, device), "study": study}
     home = checkpoint.home(run, data.manifest, environment, target)
     with checkpoint.locked(home, run.seeds), Interruption() as interruption:
         stage = Stage(run, data, device, environment, folder, interruption)

@@ -135,6 +135,7 @@ TRAINING: dict[str, Rule] = {
     "schedule": Optional(SCHEDULE),
 }
 TOP: dict[str, Rule] = {
+    "study": Text("the name of a study"),
     "seeds": ListOf(NATURAL, distinct=True),
     "device": Device(),
     "threads": Optional(COUNT),

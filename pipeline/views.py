@@ -11,13 +11,14 @@ import json
 import zlib
 from typing import Any
 
-from pipeline.metrics import HISTORY
+from pipeline.metrics import HISTORY, with_limits
 
 VIEW_KEY = "comparison"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
-GROUP_TAG = "optimizer.compared"  # a name under which the colours below differ for the colour-blind, too
+GROUP_TAG = "group.label"  # a name under which the colours below differ, for the colour-blind too
 
 _LINE, _BAR = "LINE", "BAR"
+_OPEN = 2  # sections
 
 # The UI's own colours; a group of runs gets one by a checksum of its name, and nothing but the name can change it.
 _PALETTE = (
@@ -41,64 +42,101 @@ def link_query() -> str:
     return f"?workflowType=machine_learning&viewStateShareKey={VIEW_KEY}&compareRunsMode=CHART"
 
 
-def note(benchmark: str) -> str:
-    """What stands above the runs of an experiment, and in the list of experiments."""
-    return f"{benchmark}: one run a seed; the time axis is training time. Open the comparison under Views."
-
-
 def comparison(target_metric: str) -> str:
-    """Value of the experiment tag VIEW_TAG. `target_metric` (train_loss, …) names the curve that opens the page."""
+    """Value of VIEW_TAG for the runs of a benchmark. `target_metric` (train_loss, …) names the curve that is first."""
     main = HISTORY[target_metric]
     others = [name for name in ("loss/train", "loss/validation", "loss/excess") if name != main]
     sections = {
         "Race": [
-            _line(main, f"{main} against steps", log=True),
-            _line(main, f"{main} against training seconds", seconds=True, log=True),
-            _bar("target/hard_steps", "Steps to the hard target"),
-            _bar("target/hard_seconds", "Training seconds to the hard target"),
-            _bar("target/hard_reached", "Share of seeds that reached the hard target"),
-            _bar("target/easy_steps", "Steps to the easy target"),
-            _bar("target/easy_seconds", "Training seconds to the easy target"),
-            _bar("target/easy_reached", "Share of seeds that reached the easy target"),
-            _bar("result/test_loss", "Test loss at the end"),
+            _line(main, log=True),
+            _line(main, seconds=True, log=True),
+            _bar("target/hard_steps"),
+            _bar("target/hard_seconds"),
+            _bar("target/hard_reached"),
+            _bar("target/easy_steps"),
+            _bar("target/easy_seconds"),
+            _bar("target/easy_reached"),
+            _bar("result/test_loss"),
         ],
         "Other losses and scores": [
-            *(_line(name, f"{name} against steps", log=True) for name in others),
-            *(_line(name, f"{name} against training seconds", seconds=True, log=True) for name in others),
-            _line("score/train", "score/train against steps"),
-            _line("score/validation", "score/validation against steps"),
-            _bar("result/test_score", "Test score at the end"),
+            *(_line(name, log=True) for name in others),
+            *(_line(name, seconds=True, log=True) for name in others),
+            _line("score/train"),
+            _line("score/validation"),
+            _bar("result/test_score"),
         ],
         "Cost": [
-            _bar("time/training_seconds", "Training seconds, whole run"),
-            _bar("time/forward_backward_seconds", "… in forward and backward"),
-            _bar("time/statistics_seconds", "… in curvature statistics"),
-            _bar("time/inverses_seconds", "… in inverses"),
-            _bar("time/update_seconds", "… in preconditioning and update"),
-            _bar("time/peak_memory_mib", "Peak memory, MiB"),
+            _bar("time/training_seconds"),
+            _bar("time/forward_backward_seconds"),
+            _bar("time/statistics_seconds"),
+            _bar("time/inverses_seconds"),
+            _bar("time/update_seconds"),
+            _bar("time/peak_memory_mib"),
         ],
         "Step": [
-            _line("optimizer/lr", "Learning rate"),
-            _line("optimizer/damping", "Damping", log=True),
-            _line("optimizer/mean_curvature", "Mean curvature", log=True),
-            _line("optimizer/alpha", "Step size of the quadratic model", log=True),
-            _line("optimizer/momentum", "Momentum of the quadratic model"),
-            _line("optimizer/kl_clip", "KL-clip factor"),
-            _line("curvature_reduction_ratio", "Reduction ratio, actual over predicted"),
-            _line("curvature_cosine_gradient", "Cosine of the update with the gradient"),
-            _line("curvature_cosine_natural", "Cosine of the update with the natural gradient"),
+            _line("optimizer/lr"),
+            _line("optimizer/damping", log=True),
+            _line("optimizer/mean_curvature", log=True),
+            _line("optimizer/alpha", log=True),
+            _line("optimizer/momentum"),
+            _line("optimizer/kl_clip"),
+            _line("curvature_reduction_ratio"),
+            _line("curvature_cosine_gradient"),
+            _line("curvature_cosine_natural"),
         ],
         "Curvature": [
-            _line("curvature_top_eigenvalue", "Largest eigenvalue of the Gauss-Newton matrix", log=True),
-            _line("curvature_trace", "Trace of the Gauss-Newton matrix", log=True),
-            _line("curvature_gradient_norm", "Gradient norm", log=True),
-            _line("curvature_update_norm", "Update norm", log=True),
-            _line("curvature_condition_a", "Condition number of A, median over layers", log=True),
-            _line("curvature_condition_g", "Condition number of G, median over layers", log=True),
-            _line("curvature_factor_drift", "Drift of the factors"),
-            _line("curvature_coarse_gain", "Gain of the coarse step", log=True),
+            _line("curvature_top_eigenvalue", log=True),
+            _line("curvature_trace", log=True),
+            _line("curvature_gradient_norm", log=True),
+            _line("curvature_update_norm", log=True),
+            _line("curvature_condition_a", log=True),
+            _line("curvature_condition_g", log=True),
+            _line("curvature_factor_drift"),
+            _line("curvature_coarse_gain", log=True),
         ],
     }
+    group = {
+        "aggregateFunction": "average",
+        "groupByKeys": [{"mode": "tag", "groupByData": GROUP_TAG}],
+    }
+    return _tag(sections, ["tags.`status`", *_columns(target_metric)], group)
+
+
+def means(target_metric: str) -> str:
+    """Value of VIEW_TAG for the means of a benchmark: every curve with the limits of its interval, broken lines."""
+    main = HISTORY[target_metric]
+    others = [name for name in ("loss/train", "loss/validation", "loss/excess") if name != main]
+    sections = {
+        "Race": [
+            _line(*with_limits(main), log=True),
+            _line(*with_limits(main), seconds=True, log=True),
+            *(
+                _bar(f"target/{target}_{what}")
+                for target in ("hard", "easy")
+                for what in ("steps", "seconds", "reached")
+            ),
+            _bar("result/test_loss"),
+        ],
+        "Other losses and scores": [
+            *(_line(*with_limits(name), seconds=seconds, log=True) for name in others for seconds in (False, True)),
+            _line(*with_limits("score/train")),
+            _line(*with_limits("score/validation")),
+        ],
+    }
+    return _tag(sections, ["tags.`seeds`", *_columns(target_metric)], None)
+
+
+def _columns(target_metric: str) -> list[str]:
+    names = (
+        *("target/hard_reached", "target/hard_steps", "target/hard_seconds", "target/easy_seconds"),
+        *(f"result/{target_metric}", "result/validation_loss", "result/test_loss", "result/test_score"),
+        "time/training_seconds",
+    )
+    return [f"metrics.`{name}`" for name in dict.fromkeys(names)]
+
+
+def _tag(sections: dict[str, list[dict[str, Any]]], columns: list[str], group: dict[str, Any] | None) -> str:
+    """The view as the UI keeps it; the first sections are open."""
     cards = []
     for section, drawn in sections.items():
         for index, card in enumerate(drawn):
@@ -106,37 +144,18 @@ def comparison(target_metric: str) -> str:
     state = {
         "compareRunCharts": cards,
         "compareRunSections": [
-            *(_section(name, shown=index < 2) for index, name in enumerate(sections)),
+            *(_section(name, shown=index < _OPEN) for index, name in enumerate(sections)),
             # What the UI adds by itself for the metrics that have no card above.
             *(_section(name, shown=False) for name in ("optimizer", "result", "time")),
             _section("Model metrics", shown=False),
         ],
-        "selectedColumns": [
-            "tags.`status`",
-            *(
-                f"metrics.`{name}`"
-                for name in (
-                    "target/hard_reached",
-                    "target/hard_steps",
-                    "target/hard_seconds",
-                    "target/easy_seconds",
-                    f"result/{target_metric}",
-                    "result/validation_loss",
-                    "result/test_loss",
-                    "result/test_score",
-                    "time/training_seconds",
-                )
-            ),
-        ],
+        "selectedColumns": columns,
         "orderByKey": "attributes.`Created`",
         "orderByAsc": True,
-        "groupBy": {
-            "aggregateFunction": "average",
-            "groupByKeys": [{"mode": "tag", "groupByData": GROUP_TAG}],
-        },
+        "groupBy": group,
         "useGroupedValuesInCharts": True,
         "groupsExpanded": {},
-        "runsHiddenMode": "SHOWALL",
+        "runsHiddenMode": "SHOW_ALL",
         "runsPinned": [],
         "hideEmptyCharts": True,
         "isAccordionReordered": True,
@@ -165,14 +184,14 @@ def _section(name: str, *, shown: bool) -> dict[str, Any]:
     }
 
 
-def _line(metric: str, title: str, *, seconds: bool = False, log: bool = False) -> dict[str, Any]:
+def _line(*metrics: str, seconds: bool = False, log: bool = False) -> dict[str, Any]:
+    """A chart of curves; the UI names it after its metrics."""
     return {
         "type": _LINE,
         "deleted": False,
         "isGenerated": False,
-        "metricKey": metric,
-        "selectedMetricKeys": [metric],
-        "displayName": title,
+        "metricKey": metrics[0],
+        "selectedMetricKeys": list(metrics),
         "xAxisKey": "time-relative" if seconds else "step",
         "selectedXAxisMetricKey": "",
         "useGlobalXaxisKey": False,
@@ -188,12 +207,11 @@ def _line(metric: str, title: str, *, seconds: bool = False, log: bool = False) 
     }
 
 
-def _bar(metric: str, title: str) -> dict[str, Any]:
+def _bar(metric: str) -> dict[str, Any]:
     return {
         "type": _BAR,
         "deleted": False,
         "isGenerated": False,
         "metricKey": metric,
-        "displayName": title,
         "runsCountToCompare": 100,
     }

@@ -24,8 +24,8 @@ class Tracked:
     files: set[str]
 
 
-def tracked(root: Path) -> list[Tracked]:
-    """All runs of the store in a workspace's root.
+def tracked(root: Path, means: bool = False) -> list[Tracked]:
+    """The training runs of the store in a workspace's root, or the means over their seeds.
 
     A copy is read: MLflow keeps its connection to a path, and would go on showing a store that was deleted.
     """
@@ -33,7 +33,8 @@ def tracked(root: Path) -> list[Tracked]:
         copy = Path(folder) / "mlflow.db"
         with closing(sqlite3.connect(root / "mlflow.db")) as store, closing(sqlite3.connect(copy)) as target:
             store.backup(target)
-        return _runs(MlflowClient(tracking_uri=f"sqlite:///{copy}"))
+        runs = _runs(MlflowClient(tracking_uri=f"sqlite:///{copy}"))
+        return [run for run in runs if run.benchmark.endswith(" mean") == means]
 
 
 def _runs(client: MlflowClient) -> list[Tracked]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import time
 from typing import Any
 
 import pytest
 from mlflow_store import tracked
-from repository import BENCHMARKS, HANGS, ROOT, SEEDS, Study, Workspace, stages_run, training_stages
+from repository import BENCHMARKS, HANGS, SEEDS, Study, Workspace, stages_run, training_stages
 
 from pipeline.records import read_runs
-
-README = ROOT / "README.md"
 
 
 def experiments(workspace: Workspace) -> dict[str, dict[str, Any]]:
@@ -132,22 +129,6 @@ def test_a_choice_trains_what_it_changes_and_nothing_else(
     assert {name for name in ran if name.startswith("train@")} == {f"train@{pair}" for pair in pairs}
     printed = workspace.run("dvc", "exp", "run")
     assert not any(name.startswith("train@") for name in stages_run(printed))
-
-
-@pytest.mark.slow
-def test_the_readmes_optimizer_joins_by_its_yaml_alone(workspace: Workspace) -> None:
-    shown = re.search(r"```yaml\n(\w+):\n  _target_: torch.*?```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert shown is not None
-    name = shown.group(1)
-    file = workspace.root / "pipeline" / "conf" / "optimizer" / f"{name}.yaml"
-    file.write_text(shown.group().removeprefix("```yaml\n").removesuffix("```"))
-    workspace.run("git", "add", "pipeline/conf")
-    try:
-        command = ("dvc", "exp", "run", "--temp", "-n", "joined", "-S", f"+optimizer={name}")
-        assert stages_run(workspace.run(*command)) == {*training_stages(name), "aggregate"}
-        assert list(experiments(workspace)["joined"]["metrics"]["digits_cnn"]) == ["sgd", "kfac", name]
-    finally:
-        workspace.run("git", "reset", "--quiet", "--hard")
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_indices_compute_what_their_one_hot_rows_do(reduce: bool, masked: bool) 
     for x, y in zip(rows.row_sums(index, g), rows.row_sums(a, g), strict=True):
         torch.testing.assert_close(x, y)
     mask = torch.rand(24) < 0.5 if masked else torch.ones(24, dtype=torch.bool)
-    outer_a, count, outer_g = rows.moments(block, index, g, mask if masked else None)
+    outer_a, count, outer_g = *rows.moment_a(block, index, g, mask if masked else None), rows.moment_g(block, index, g)
     counted = (index >= 0).flatten() & mask
     if reduce:
         share = counted.reshape(4, 6) / counted.reshape(4, 6).sum(1, keepdim=True).clamp_min(1)

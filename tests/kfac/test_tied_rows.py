@@ -111,7 +111,7 @@ def test_traces_of_a_tied_embedding_multiply_to_that_of_its_calls() -> None:
     block = blocks[0]
     assert block.kind == "tied"
     a, g = got.layers[block]
-    outer_a, count, outer_g = rows.moments(block, a, g, None, got.vectors)
+    outer_a, count, outer_g = *rows.moment_a(block, a, g, None, got.vectors), rows.moment_g(block, a, g)
     product = diagonal(outer_a / count).sum(-1) * diagonal(outer_g).sum(-1)
     # The decoder's call, then the embedding's.
     halves = [slice(None, 5), slice(5, None)]

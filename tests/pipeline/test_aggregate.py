@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import synthetic_records as synthetic
+from ruamel.yaml import YAML
 
-from pipeline import aggregate
+from pipeline import aggregate, tables
 from pipeline.config import ConfigError, Params
 from pipeline.records import is_measured
 
@@ -39,7 +40,9 @@ def rows_of(report: Path) -> list[dict[str, str]]:
 def test_the_report_has_all_parts_and_nothing_else(tmp_path: Path, chosen: Params, results: Path) -> None:
     report = tmp_path / "report"
     aggregate.aggregate(chosen, results, report)
-    assert {path.name for path in report.iterdir()} == {"report.md", "table.csv", "metrics.json", "figures"}
+    made = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]["aggregate"]["outs"]
+    outs = {out if isinstance(out, str) else next(iter(out)) for out in made}
+    assert {f"report/{path.name}" for path in report.iterdir()} == outs
     page = (report / "report.md").read_text()
     linked = {word.split(")")[0] for word in page.split("](")[1:]}
     assert linked == {f"figures/{path.name}" for path in (report / "figures").iterdir()}
@@ -47,14 +50,14 @@ def test_the_report_has_all_parts_and_nothing_else(tmp_path: Path, chosen: Param
 
 def test_the_table_has_a_row_a_pair_to_full_precision(tmp_path: Path, chosen: Params, results: Path) -> None:
     rows = aggregate.tabulate(aggregate.collect(chosen, results))
-    aggregate.write_table(rows, tmp_path / "table.csv")
+    tables.write(rows, tmp_path / "table.csv")
     assert [(row["benchmark"], row["optimizer"]) for row in rows] == [
         ("toy_mlp", "sgd"),
         ("toy_mlp", "kfac"),
         ("digits_cnn", "sgd"),
         ("digits_cnn", "kfac"),
     ]
-    assert aggregate.read_table(tmp_path / "table.csv") == rows
+    assert tables.read(tmp_path / "table.csv") == rows
 
 
 def test_columns_that_differ_between_repetitions_are_named_as_clocks(chosen: Params, results: Path) -> None:
@@ -165,7 +168,7 @@ def test_the_printed_table_fits_100_columns_and_names_runs_that_diverged(
     assert max(map(len, printed.splitlines())) <= 100
     assert "kfac: seed 2 diverged after 40 steps: training loss is not finite" in printed
     assert "2/3" in printed and "∞" in printed and "…" not in printed
-    aggregate.show(tmp_path)
+    tables.show(tmp_path)
     assert capsys.readouterr().out == printed
 
 
@@ -179,9 +182,9 @@ def test_a_new_report_replaces_the_old_one_whole(tmp_path: Path, chosen: Params,
 
 
 def test_show_needs_no_torch_mlflow_or_matplotlib(tmp_path: Path, chosen: Params, results: Path) -> None:
-    aggregate.write_table(aggregate.tabulate(aggregate.collect(chosen, results)), tmp_path / "table.csv")
+    tables.write(aggregate.tabulate(aggregate.collect(chosen, results)), tmp_path / "table.csv")
     program = (
-        "import sys, pathlib; from pipeline import aggregate; aggregate.show(pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib; from pipeline import aggregate, tables; tables.show(pathlib.Path(sys.argv[1]));"
         "sys.exit(','.join({'torch', 'mlflow', 'matplotlib', 'dvc', 'hydra'} & set(sys.modules)) or 0)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -199,31 +202,33 @@ def run_show(folder: Path, encoding: str = "utf-8") -> subprocess.CompletedProce
 def test_show_prints_on_a_terminal_without_unicode(tmp_path: Path, chosen: Params, results: Path) -> None:
     (tmp_path / "report").mkdir()
     rows = aggregate.tabulate(aggregate.collect(chosen, results))
-    aggregate.write_table(rows, tmp_path / "report" / "table.csv")
+    tables.write(rows, tmp_path / "report" / "table.csv")
     done = run_show(tmp_path, "ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert "digits_cnn: target training loss" in done.stdout
+
+
+def test_the_first_sentences_follow_the_table(
+    tmp_path: Path, chosen: Params, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aggregate.aggregate(chosen, results, tmp_path / "report")
+    sentences = json.loads((tmp_path / "report" / "verdicts.json").read_text())["sentences"]
+    assert sentences[0].startswith("No verdict: 3 seeds.")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.endswith(" ".join(sentences[: tables.SENTENCES]))
+
+
+def test_verdicts_that_cannot_be_read_are_one_line(tmp_path: Path, chosen: Params, results: Path) -> None:
+    (tmp_path / "report").mkdir()
+    tables.write(aggregate.tabulate(aggregate.collect(chosen, results)), tmp_path / "report" / "table.csv")
+    (tmp_path / "report" / "verdicts.json").write_text("{")
+    done = run_show(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: report/verdicts.json: no verdicts of a report (")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_show_without_a_report_is_one_line(tmp_path: Path) -> None:
     done = run_show(tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: report/table.csv: no such file; `dvc repro` makes it\n"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, aggregate.DASH),
-        (float("inf"), aggregate.DASH),
-        (0.0, "0"),
-        (0.30123, "0.301"),
-        (12.34, "12.3"),
-        (1234.5, "1234"),
-        (0.00123, "0.00123"),
-        (0.000123, "1.2e-04"),
-        (-2.5, "-2.50"),
-    ],
-)
-def test_numbers_keep_three_digits(value: float | None, text: str) -> None:
-    assert aggregate.number(value) == text

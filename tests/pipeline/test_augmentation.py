@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.augmentation import PADDING, crop_flip, draw
+from pipeline.batches import Order
 from pipeline.data import Images
-from pipeline.loop import Order
 
 
 def some_images(count: int, size: int = 8) -> Tensor:

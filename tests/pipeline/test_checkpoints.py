@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,34 +19,42 @@ from runs import Listener, a_network, a_run, some_data
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoints
-from pipeline.config import RunConfig
+from pipeline.composition import compose
+from pipeline.config import Params, RunConfig, load, resolve
 from pipeline.loop import Outcome, Training
 from pipeline.records import is_measured
+from pipeline.states import plain, whole
+from pipeline.validation import available
 
 ROOT = Path(__file__).parents[2]
-OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sgd": ("torch.optim.SGD", {"lr": 0.05, "momentum": 0.9}),
-    "adam": ("torch.optim.Adam", {"lr": 0.01}),
-    "kfac": ("kfac.KFAC", {}),
-    "fixed rule": ("kfac.KFAC", {"lr": 0.03, "damping": 0.01, "inverse_interval": 7, "factor_interval": 3}),
-    "ekfac": ("kfac.EKFAC", {}),
-    "gkfac": ("kfac.GKFAC", {}),
-    "muon": ("torch.optim.Muon", {"lr": 0.02}),
-    "soap": ("pytorch_optimizer.SOAP", {"lr": 0.01}),
-    "shampoo": ("pytorch_optimizer.Shampoo", {"lr": 0.01}),
-}
-FAST = ("sgd", "kfac", "ekfac", "gkfac")
+SHIPPED = available("optimizer")  # every optimizer of pipeline/conf, as it is set for a benchmark
+FIXED_RULE = {"lr": 0.03, "damping": 0.01, "inverse_interval": 7, "factor_interval": 3}
+FAST = ("sgd", "shampoo", "kfac", "ekfac", "gkfac")
 STEPS = 40
+
+
+@functools.cache
+def composed() -> Params:
+    with tempfile.TemporaryDirectory() as folder:
+        compose(Path(folder) / "params.yaml", [f"optimizer=[{','.join(SHIPPED)}]", "benchmark=digits_cnn"])
+        return load(Path(folder) / "params.yaml")
+
+
+def shipped(name: str) -> dict[str, Any]:
+    """Class and arguments of an optimizer of pipeline/conf."""
+    run = resolve(composed(), "digits_cnn", name)
+    return {"target_class": run.target_class, "options": dict(run.options), "rest": run.rest}
 
 
 def a_long_run(name: str, **changes: Any) -> RunConfig:
     """All that has a state: averaging, warm-up, a schedule, growing batches, diagnostics, dropout, batch norm."""
-    target, options = OPTIMIZERS[name]
-    rest = {"_target_": "torch.optim.AdamW", "lr": 0.01} if name == "muon" else None
+    settings = shipped("kfac" if name == "fixed rule" else name)
+    if name == "fixed rule":
+        settings["options"] |= FIXED_RULE
     growing = {"from": 6, "to": 20, "over_epochs": 5.0}
     fields = {
         **{"steps": STEPS, "batch_size": growing, "averaging": 0.9, "warmup": 5, "schedule": "cosine"},
-        **{"diagnostics": "full", "target_class": target, "options": options, "rest": rest, "loss": "cross_entropy"},
+        **{"diagnostics": "full", "loss": "cross_entropy", **settings},
     }
     return a_run(**{**fields, **changes})
 
@@ -64,11 +74,12 @@ def stop_after(step: int, training: Training) -> Callable[[], str]:
 
 
 @pytest.mark.parametrize(
-    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS if name not in FAST)]
+    "name",
+    [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("fixed rule", *SHIPPED) if name not in FAST)],
 )
 def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip(OPTIMIZERS[name][0].partition(".")[0])
     run, moments = a_long_run(name), Random(name)
+    pytest.importorskip(run.target_class.partition(".")[0])
     undisturbed = without_clocks(begin(run).train(Listener()))
     for number in range(2):
         kept = Checkpoints(tmp_path / str(number), 0, 0.0)
@@ -150,6 +161,24 @@ def test_a_checkpoint_runs_no_code_when_it_is_read(tmp_path: Path, capsys: pytes
     kept = Checkpoints(tmp_path, 0, 0.0)
     kept.save(5, {"harmless": Path("x")})  # a class
     assert kept.load() is None and "is damaged" in capsys.readouterr().err
+
+
+class Counter:
+    """State of an optimizer's own kind."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value, self.shape, self.parts = value, value.shape, [value, (1, value)]
+
+
+def test_an_object_in_a_state_is_made_again_from_plain_values_but_never_one_of_another_package() -> None:
+    state = plain({"state": {0: {"counter": Counter(torch.ones(2)), "step": 3}}, "param_groups": [{"betas": (0.9, 1)}]})
+    assert "Counter" in str(state) and not isinstance(state["state"][0]["counter"], Counter)
+    again = whole(state, {__name__.partition(".")[0]}, torch.device("cpu"))
+    made = again["state"][0]["counter"]
+    assert isinstance(made, Counter) and torch.equal(made.parts[1][1], torch.ones(2)) and made.shape == (2,)
+    assert again["state"][0]["step"] == 3 and again["param_groups"] == [{"betas": (0.9, 1)}]
+    with pytest.raises(ValueError, match="another package"):
+        whole(state, {"torch"}, torch.device("cpu"))
 
 
 def an_address(root: Path, target: type = torch.optim.SGD, **changes: Any) -> Path:

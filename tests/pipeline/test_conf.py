@@ -52,6 +52,7 @@ def test_every_study_composes_and_the_command_line_wins_over_it(tmp_path: Path, 
     params = composed(tmp_path, f"study={study}", "seeds=[7]", "optimizer=ekfac")
     assert params.seeds == [7]
     assert list(params.optimizers) == ["ekfac"]
+    assert params.study == study
 
 
 def test_the_tiny_study_overrides_the_values_of_its_benchmarks(tmp_path: Path) -> None:

@@ -52,6 +52,24 @@ def test_every_example_is_in_one_part_and_every_class_in_its_share() -> None:
     assert Counter(classes[row] for row in parts["validation"]) == {0: 10, 1: 4, 2: 2}
 
 
+MNIST_CLASSES = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "expected"),
+    [
+        ([100, 40, 20], 0.1, [10, 4, 2]),
+        ([3, 3, 3], 1 / 3, [1, 1, 1]),
+        ([7, 7, 7], 0.1, [1, 1, 0]),  # 0.7 of each, 2.1 of all
+        ([5, 5], 0.0, [0, 0]),
+        (MNIST_CLASSES, 0.1, [592, 674, 596, 613, 584, 542, 592, 627, 585, 595]),  # 6,000 of 60,000
+    ],
+)
+def test_shares_of_classes_add_up_to_the_share_of_all(sizes: list[int], fraction: float, expected: list[int]) -> None:
+    assert prepare.shares(sizes, fraction) == expected
+    assert sum(expected) == round(fraction * sum(sizes))
+
+
 def test_test_examples_do_not_depend_on_the_validation_fraction() -> None:
     classes = [k % 3 for k in range(90)]
     assert set(prepare.split(classes, 0.1, 0.2, 0)["test"]) == set(prepare.split(classes, 0.4, 0.2, 0)["test"])

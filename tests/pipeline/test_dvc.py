@@ -93,8 +93,10 @@ def test_dvc_composes_from_conf_with_the_early_refusal_and_reports_to_nobody() -
     [
         "data/toy_mlp/tensors.pt",
         "results/toy_mlp/sgd/seed-0/history.csv",
+        "report/index.html",
         "report/report.md",
         "report/figures/loss.svg",
+        "report/verdicts.json",
         "mlflow.db",
         "mlflow.db-wal",
         "mlartifacts/1/x",

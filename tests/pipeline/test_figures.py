@@ -6,33 +6,42 @@ from pathlib import Path
 
 import pytest
 import synthetic_records as synthetic
+from matplotlib.colors import to_hex
 
-from pipeline import aggregate, figures, statistics
-from pipeline.views import colour
+from pipeline import aggregate, figures, looks, statistics, verdicts
+from pipeline.curves import Study
+from pipeline.evidence import Evidence
 
 PAIR = ("sgd", "kfac")
 
 
-def study(folder: Path, *, benchmarks: tuple[str, ...] = ("digits_cnn",), **how: object) -> figures.Study:
+def study(folder: Path, *, benchmarks: tuple[str, ...] = ("digits_cnn",), **how: object) -> Study:
     chosen = synthetic.params(benchmarks, PAIR)
     return aggregate.collect(chosen, synthetic.write_study(folder, chosen, **how))  # type: ignore[arg-type]
 
 
-def test_a_figure_a_benchmark_and_three_for_the_study(tmp_path: Path) -> None:
-    made = figures.draw(study(tmp_path, benchmarks=("toy_mlp", "digits_cnn")), tmp_path / "figures")
+def drawn(records: Study, folder: Path, evidence: Evidence | None = None) -> list[Path]:
+    chosen = synthetic.params(tuple(records), PAIR)
+    return figures.draw(records, folder, verdicts.judge(records, chosen), evidence or Evidence())
+
+
+def test_a_figure_a_benchmark_and_five_for_the_study(tmp_path: Path) -> None:
+    made = drawn(study(tmp_path, benchmarks=("toy_mlp", "digits_cnn")), tmp_path / "figures")
     assert {path.name for path in made} == {
         "summary.svg",
         "loss_toy_mlp.svg",
         "loss_digits_cnn.svg",
         "step_cost.svg",
         "curvature.svg",
+        "profiles.svg",
+        "speedups.svg",
     }
     assert all(path.stat().st_size > 1000 for path in made)
 
 
 def test_the_same_records_give_the_same_bytes_without_a_date(tmp_path: Path) -> None:
     records = study(tmp_path)
-    first, second = (figures.draw(records, tmp_path / name) for name in ("first", "second"))
+    first, second = (drawn(records, tmp_path / name) for name in ("first", "second"))
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
         assert "<dc:date>" not in one.read_text(encoding="utf-8")
@@ -41,20 +50,33 @@ def test_the_same_records_give_the_same_bytes_without_a_date(tmp_path: Path) -> 
 def test_no_curvature_figure_without_diagnostics(tmp_path: Path) -> None:
     records = study(tmp_path, curvature=False)
     assert figures.curvature(records) is None
-    assert "curvature.svg" not in {path.name for path in figures.draw(records, tmp_path / "figures")}
+    assert "curvature.svg" not in {path.name for path in drawn(records, tmp_path / "figures")}
 
 
 def test_every_seed_is_drawn_on_both_clocks_with_its_median_and_target(tmp_path: Path) -> None:
     figure = figures.loss("digits_cnn", study(tmp_path)["digits_cnn"])
     for axis in figure.axes:
         for optimizer in PAIR:
-            own = [line for line in axis.lines if line.get_color() == colour(optimizer)]
+            own = [line for line in axis.lines if line.get_color() == looks.on_light(optimizer)]
             curves = [line for line in own if line.get_linestyle() == "-"]
             assert len(curves) == len(synthetic.SEEDS) + 1
             assert len({line.get_linewidth() for line in curves}) == 2
         for target in (0.2, 0.05):
             assert any(set(line.get_ydata()) == {target} for line in axis.lines)
         assert axis.get_yscale() == "log"
+
+
+def test_more_than_five_seeds_are_a_band_around_their_median(tmp_path: Path) -> None:
+    chosen = synthetic.params(("digits_cnn",), PAIR, tuple(range(6)))
+    records = aggregate.collect(chosen, synthetic.write_study(tmp_path, chosen))
+    for axis in figures.loss("digits_cnn", records["digits_cnn"]).axes:
+        for optimizer in PAIR:
+            own = [line for line in axis.lines if line.get_color() == looks.on_light(optimizer)]
+            assert len(own) == 1
+            band = next(b for b in axis.collections if to_hex(b.get_facecolor()[0][:3]) == looks.on_light(optimizer))
+            (x, y), corners = own[0].get_xydata()[3], band.get_paths()[0].vertices
+            low, *_, high = sorted(height for place, height in corners if place == pytest.approx(x))
+            assert low < y < high
 
 
 def test_runs_that_do_not_finish_are_shown_and_explained(tmp_path: Path) -> None:
@@ -70,7 +92,7 @@ def test_runs_that_do_not_finish_are_shown_and_explained(tmp_path: Path) -> None
     ("low", "high"), [(0.26, 0.7), (98, 151), (0.97, 1.06), (1e-4, 20), (1e-12, 1e3), (30, 400), (0.6999, 0.7001)]
 )
 def test_a_log_axis_has_a_few_labels_within_its_limits(low: float, high: float) -> None:
-    ticks = figures._ticks(low, high)
+    ticks = looks.ticks(low, high)
     assert 2 <= len(ticks) <= 8
     assert all(low <= tick <= high for tick in ticks)
 

@@ -11,7 +11,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -452,17 +451,24 @@ def test_results_that_cannot_be_written_any_more_are_kept_and_brought_in(
     in_own_mounts(test)
 
 
-def locked_for_ever(database: Path) -> None:
-    holder = sqlite3.connect(database, check_same_thread=False)
-    holder.execute("BEGIN EXCLUSIVE")
+def locked_by_another(database: Path) -> None:
+    """Until this process ends, another holds the database."""
+    code = (
+        "import sqlite3, sys; held = sqlite3.connect(sys.argv[1], timeout=60); held.execute('BEGIN EXCLUSIVE');"
+        " print(flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code, str(database)]
+    holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
     _HOLDERS.append(holder)
 
 
-_HOLDERS: list[sqlite3.Connection] = []
+_HOLDERS: list[subprocess.Popen[bytes]] = []
 STORE_FAULTS: dict[str, Callable[[Path], None]] = {
     "gone": lambda database: database.unlink(),
     "corrupt": lambda database: database.write_bytes(b"broken" * 10_000) and None,
-    "locked": locked_for_ever,
+    "locked": locked_by_another,
 }
 
 

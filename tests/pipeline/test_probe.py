@@ -1,6 +1,7 @@
 """Claims about the probe: right against dense curvature, the same for every optimizer, and invisible to training."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from runs import Listener, a_network, a_run, some_data
 from torch import nn
 from torch.func import functional_call
 
+from pipeline import probe
 from pipeline.data import Data
 from pipeline.loop import Outcome, Training
 from pipeline.probe import RELATIVE_DAMPING, probe_steps
@@ -25,6 +27,7 @@ WHOLE = {
     "second_eigenvalue",
     "trace",
     "gradient_norm",
+    "examples",
     "update_norm",
     "cosine_gradient",
     "cosine_natural",
@@ -102,7 +105,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def test_every_optimizer_gets_the_same_diagnostics_and_the_kronecker_family_more(name: str) -> None:
     _, outcome = trained(name)
     last, first = at(outcome, 20), at(outcome, 0)
-    assert set(first) == {"top_eigenvalue", "second_eigenvalue", "trace", "gradient_norm"}
+    assert set(first) == {"top_eigenvalue", "second_eigenvalue", "trace", "gradient_norm", "examples"}
     layer = set(at(outcome, 20, "0"))
     if name in ("sgd", "adam"):
         assert set(last) == WHOLE and layer == {"gradient_norm", "update_norm"}
@@ -175,6 +178,23 @@ def test_the_model_of_a_small_step_predicts_the_decrease_of_the_loss() -> None:
     for step in (5, 20):
         assert at(outcome, step)["reduction_ratio"] == pytest.approx(1.0, abs=0.05)
         assert at(outcome, step)["cosine_gradient"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_large_network_has_its_curvature_measured_on_fewer_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, small = trained(batch_size=30)
+    monkeypatch.setitem(probe.PRICES, "light", replace(probe.PRICES["light"], operations=1))
+    _, large = trained(batch_size=30)
+    assert at(small, 20)["examples"] == 44 and at(large, 20)["examples"] == probe.LEAST == 16
+    for quantity in ("actual_decrease", "cosine_gradient", "update_norm"):  # of the whole batch
+        assert at(large, 20)[quantity] == at(small, 20)[quantity]
+    for quantity in ("top_eigenvalue", "predicted_decrease", "cosine_natural"):
+        assert at(large, 20)[quantity] != at(small, 20)[quantity]
+        assert at(large, 20)[quantity] == pytest.approx(at(small, 20)[quantity], rel=0.5)
+
+
+def test_the_operations_of_a_network_are_two_for_each_multiplication_by_a_weight() -> None:
+    split = some_data().train
+    assert probe._operations(a_network(batch_norm=True, dropout=True), split) == 2 * (4 * 6 + 6 * 3)
 
 
 def test_factor_figures_are_those_of_the_optimizers_factors() -> None:

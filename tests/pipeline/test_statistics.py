@@ -70,6 +70,7 @@ def test_a_run_that_did_not_finish_is_the_worst_and_is_named(status: str) -> Non
     lost = seed(2, status, steps=7, train_loss=1e-9, message="loss is nan\nmore")
     row = statistics.pair([seed(0), seed(1), lost], budget=100)
     assert row[status] == 1 and row["finished"] == 2
+    assert (row["reached_easy"], row["steps_to_easy_max"]) == (2, math.inf)  # though it met that target before
     assert (row["train_loss_median"], row["train_loss_max"]) == (0.05, math.inf)
     assert (row["test_score_median"], row["test_score_min"]) == (0.9, -math.inf)
     assert row["notes"] == f"seed 2 {status} after 7 steps: loss is nan"

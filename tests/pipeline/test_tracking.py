@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import metrics, records, tracking, views
 from pipeline.config import TARGETS, ConfigError, resolve
+from pipeline.tracker import CLOCK_ZERO, POINTS
 from tests.pipeline import synthetic_records as study
 
 BENCHMARK = "digits_autoencoder"
@@ -54,7 +55,7 @@ def train(root: Path, params: Any, optimizer: str, seed: int = 0, **changes: Any
 def series(root: Path, run: Any, metric: str) -> list[tuple[int, float, float]]:
     """(step, training seconds, value) of every point."""
     points = client(root).get_metric_history(run.info.run_id, metric)
-    return [(p.step, p.timestamp / 1000 - tracking.CLOCK_ZERO, p.value) for p in points]
+    return [(p.step, p.timestamp / 1000 - CLOCK_ZERO, p.value) for p in points]
 
 
 def test_a_run_carries_every_evaluation_on_both_clocks(root: Path) -> None:
@@ -82,6 +83,34 @@ def test_a_run_says_how_it_computed_and_runs_that_differ_in_it_are_two_groups(ro
     assert single.tags["comparability"] == half.tags["comparability"].replace("bf16", "fp32")
     assert "torch: 2.14.1" in half.tags["comparability"] and "threads: 2" in half.tags["comparability"]
     assert half.tags[views.GROUP_TAG] == "kfac precision=bf16"
+
+
+def test_a_run_says_by_tags_and_in_words_where_it_belongs(root: Path) -> None:
+    folder = study.write_record(root / "results", chosen("kfac"), BENCHMARK, "kfac", 0)
+    environment = json.loads((folder / "environment.json").read_text())
+    environment.update(study="tiny", dvc_exp_name="bumpy-pup", device="cpu")
+    (folder / "environment.json").write_text(json.dumps(environment))
+    tracking.rebuild(root / "results")
+    tags = runs(root)["kfac seed 0"].data.tags
+    found = {name: tags[name] for name in ("study", "seed", views.GROUP_TAG, "DVC_EXP_NAME", "device", "record")}
+    assert found == {
+        "study": "tiny",
+        "seed": "0",
+        views.GROUP_TAG: "kfac",
+        "DVC_EXP_NAME": "bumpy-pup",
+        "device": "cpu",
+        "record": f"results/{BENCHMARK}/kfac/seed-0",
+    }
+    assert tags["configuration"] == metrics.configuration_hash(records.read_run(folder).config)
+    words = tags["mlflow.note.content"]
+    assert found["record"] in words and "dvc exp apply bumpy-pup" in words and "report/index.html" in words
+
+
+def test_an_experiment_says_the_question_the_targets_and_the_protocol(root: Path) -> None:
+    train(root, chosen("kfac"), "kfac")
+    words = client(root).get_experiment_by_name(BENCHMARK).tags["mlflow.note.content"]
+    assert f"Which optimizer brings the training loss of {BENCHMARK} to the target first" in words
+    assert "0.3 (hard), 0.4 (easy)" in words and "**Protocol" in words and "400 steps, evaluated every 10" in words
 
 
 def test_curvature_of_the_model_has_no_section_and_of_a_layer_its_own(root: Path) -> None:
@@ -155,6 +184,20 @@ def test_training_the_same_again_replaces_the_run_and_another_setting_stands_bes
     assert groups == {"kfac lr=0.1", "kfac lr=0.3", "sgd"}
 
 
+def test_settings_that_older_code_did_not_have_name_no_group(root: Path) -> None:
+    folder = train(root, chosen("kfac", lr=0.3), "kfac")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("compile: false\n", ""))
+    tracking.rebuild(root / "results")
+    train(root, chosen("kfac"), "kfac")
+    experiment = client(root).get_experiment_by_name(BENCHMARK).experiment_id
+    found = client(root).search_runs([experiment])
+    labels = {run.data.tags["configuration"]: run.data.tags[views.GROUP_TAG] for run in found}
+    older = {c: label for c, label in labels.items() if label.startswith("kfac lr=0.3 ")}
+    assert len(labels) == 3 and sorted(set(labels.values()) - set(older.values())) == ["kfac lr=0.1"]
+    assert older == {c: f"kfac lr=0.3 {c}" for c in older} and len(older) == 2
+
+
 def test_seeds_of_an_optimizer_share_a_group_and_its_colour(root: Path) -> None:
     tracking.rebuild(study.write_study(root / "results", chosen("sgd", "kfac", seeds=(0, 1))))
     found = runs(root)
@@ -206,7 +249,7 @@ def test_long_runs_keep_300_points_and_the_last(root: Path) -> None:
     folder = study.write_record(root / "results", params, BENCHMARK, "sgd", 0)
     tracker.finish(records.read_run(folder).summary, folder)
     found = series(root, runs(root)["sgd seed 0"], "loss/train")
-    assert len(found) <= tracking.POINTS + 1 and found[0][0] == 0 and found[-1][0] == 998
+    assert len(found) <= POINTS + 1 and found[0][0] == 0 and found[-1][0] == 998
 
 
 def test_the_prefilled_view_is_in_the_experiment_and_its_link_is_printed(
@@ -223,7 +266,7 @@ def test_the_prefilled_view_is_in_the_experiment_and_its_link_is_printed(
     assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": views.GROUP_TAG}]
     tracking.main(["views", "--port", "5123"])
     line = capsys.readouterr().out
-    assert line.startswith(f"{BENCHMARK}  http://127.0.0.1:5123/#/experiments/") and line.count("\n") == 1
+    assert line.startswith(f"{BENCHMARK}  http://mlflow.localhost:5123/#/experiments/") and line.count("\n") == 1
     assert "workflowType=machine_learning&viewStateShareKey=comparison&compareRunsMode=CHART" in line
 
 

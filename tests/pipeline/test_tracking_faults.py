@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,12 @@ import pytest
 from pipeline import metrics, mlflow_store, records, store, tracking
 from pipeline.config import ConfigError, resolve
 from tests.pipeline import synthetic_records as study
+from tests.pipeline.servers import free_port, mlflow_server, wait_for
 
 BENCHMARK = "digits_autoencoder"
 PARAMS = study.params(benchmarks=(BENCHMARK,), optimizers=("sgd",), seeds=(0,))
 RUN = resolve(PARAMS, BENCHMARK, "sgd")
 REPOSITORY = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -169,34 +163,11 @@ def finished_runs() -> list[Any]:
     return opened.runs(experiment.experiment_id)
 
 
-def wait_for(address: str) -> None:
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"{address} did not come up")
-
-
 @pytest.fixture
 def server(root: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A real MLflow server on the workspace's store."""
-    port = free_port()
-    words = ["-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        [sys.executable, *words, "--backend-store-uri", f"sqlite:///{root}/mlflow.db"],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health")
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with mlflow_server(root, f"sqlite:///{root}/mlflow.db") as started:
+        yield started
 
 
 @pytest.mark.slow
@@ -229,6 +200,24 @@ def test_a_run_reaches_a_server_whole(
     tracker, folder = train_through(lambda: None, root)
     assert not tracker.lost
     assert [run.data.tags["records"] for run in finished_runs()] == [metrics.records_hash(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.0, 0.3, 1.0])
+def test_a_store_whose_maker_was_killed_is_made_anew(after: float, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(tmp_path)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    words = [sys.executable, "-c", "from pipeline.tracking import Store; print(len(Store().experiments()))"]
+    maker = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("mlflow.db.partial*")):
+        assert maker.poll() is None
+        time.sleep(0.005)
+    time.sleep(after)
+    maker.kill()
+    maker.wait()
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "0\n", done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
 
 
 def test_processes_that_open_a_new_store_at_once_all_write_to_it(tmp_path: Path) -> None:
