@@ -159,6 +159,7 @@ def test_a_trial_that_fails_is_named_and_its_pair_is_not_judged(workspace: Works
         content["sgd"]["_target_"] = "torch.optim.LBFGS"  # needs a closure: each start of it ends with an error
         for field in ("momentum", "nesterov", "weight_decay"):
             del content["sgd"][field]
+    (workspace.root / "pipeline" / "conf" / "search" / "sgd.yaml").write_text("lr: {log: [0.003, 3.0]}\n")
     ended = workspace.call(*TUNE, "--optimizers", "sgd,kfac", "--trials", "1", "--workers", "2")
     assert ended.returncode == 1, ended.stderr
     assert counts(ended.stdout) == {"sgd": [1, 0, 1, 2, 1], "kfac": [1, 0, 1, 0, 0]}
@@ -178,7 +179,9 @@ def test_a_trial_that_fails_is_named_and_its_pair_is_not_judged(workspace: Works
 
 
 @pytest.mark.slow
-def test_a_killed_ray_worker_costs_no_trial_and_its_record_is_there_once(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_killed_ray_worker_costs_no_trial_and_its_record_is_there_once(
+    workspace: Workspace, request: pytest.FixtureRequest
+) -> None:
     pytest.importorskip("ray", reason="needs the extra [ray]")
     lengthen(workspace, steps=6000)
     node = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets are below it
@@ -200,7 +203,8 @@ def test_a_killed_ray_worker_costs_no_trial_and_its_record_is_there_once(workspa
     assert len(kept(workspace)) == 4
     for folder in kept(workspace):
         assert len(list(folder.parent.iterdir())) == 1
-        assert json.loads((folder / "summary.json").read_text())["steps"] == 6000
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["status"], summary["steps"]) == ("finished", 6000) or summary["status"] == "diverged"
     assert not trainer.is_running()
 
 
