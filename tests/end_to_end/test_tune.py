@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow_store import tracked
 from repository import HANGS, ROOT, Workspace, new_repository, shrink_study, yaml_edited
 from ruamel.yaml import YAML
 
@@ -85,6 +86,7 @@ def processes(workspace: Workspace, *words: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_trial_becomes_a_record_and_evidence_and_no_experiment_stays(workspace: Workspace) -> None:
     printed = workspace.run(*TUNE, "--optimizers", "sgd", "--trials", "1")
     assert counts(printed) == {"sgd": [1, 0, 1, 0, 0]}
@@ -93,6 +95,8 @@ def test_a_trial_becomes_a_record_and_evidence_and_no_experiment_stays(workspace
     assert found["won_by_first"] and found["chosen"] == {"lr": 0.04} and len(found["trials"]) == 1
     assert "| sgd | 1 |" in (workspace.root / "docs" / "tuning.md").read_text()
     assert workspace.run("git", "for-each-ref", "refs/exps") == ""
+    [run] = tracked(workspace.root)
+    assert run.benchmark == "toy_linear tuning" and run.tags["record"] == "trials/toy_linear/sgd"
     changed = {line.split()[-1] for line in workspace.changes().splitlines()}
     assert changed == {"docs/tuning.md", "docs/images/tuning.svg", "tuning/"}
 
@@ -206,6 +210,79 @@ def test_a_killed_ray_worker_costs_no_trial_and_its_record_is_there_once(
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["status"], summary["steps"]) == ("finished", 6000) or summary["status"] == "diverged"
     assert not trainer.is_running()
+
+
+# ---------------------------------------------------------------- killed while it queues
+
+
+KILLED_AT = """
+import os, signal
+from dvc.repo.experiments.queue.base import BaseStashQueue
+from dvc.repo.experiments.queue.celery import LocalCeleryQueue
+from scmrepo.git import Git, Stash
+
+def die(*words, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{call} = die
+from pipeline.tune import main
+main({words})
+"""
+MOMENTS = {
+    "the user's changes stashed": "Git.checkout",
+    "HEAD detached": "BaseStashQueue._update_params",
+    "params.yaml staged": "BaseStashQueue._stash_commit_deps",
+    "all staged": "BaseStashQueue._stash_msg",
+    "the experiment stashed": "Git.reset",
+    "HEAD about to return": "Git.set_ref",
+    "HEAD back": "Stash.pop",
+    "the user's changes back": "Stash.drop",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [True, False], ids=["changed", "clean"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_recover_after_a_tuning_that_was_killed_while_it_queued(
+    queueing: Workspace, moment: str, changed: bool
+) -> None:
+    workspace = queueing
+    if changed:
+        for name, line in (("README.md", "Mine.\n"), ("pipeline/notes.py", "# mine\n"), ("new.txt", "new\n")):
+            with (workspace.root / name).open("a") as file:
+                file.write(line)
+        workspace.run("git", "add", "README.md", "new.txt")
+    place, before, diff = workspace.position(), workspace.changes(), workspace.run("git", "diff", "HEAD")
+    words = [*TUNE[3:], "--optimizers", "sgd", "--trials", "1"]
+    ended = workspace.call("python", "-c", KILLED_AT.format(call=MOMENTS[moment], words=words))
+    if not changed and moment in ("HEAD back", "the user's changes back"):
+        pytest.skip("there is nothing to bring back")
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    line = workspace.refusal(*TUNE, "--optimizers", "sgd", "--trials", "1")
+    assert line == (
+        "error: HEAD and files are as a dvc that was killed left them; `make recover`, then this command again"
+    )
+    workspace.run("python", "-m", "pipeline.recover")
+    assert (workspace.position(), workspace.changes(), workspace.run("git", "diff", "HEAD")) == (place, before, diff)
+    assert workspace.run("git", "stash", "list") == ""
+    assert workspace.run("python", "-m", "pipeline.recover") == "all is well: nothing was changed\n"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the repository, not a copy of its files")
+    return new_repository(tmp_path_factory.mktemp("killed"), shrink_study)
+
+
+@pytest.fixture
+def queueing(killed: Workspace) -> Iterator[Workspace]:
+    """A repository on a branch, with another at the same commit."""
+    killed.run("git", "branch", "--force", "other")
+    yield killed
+    killed.run("git", "symbolic-ref", "HEAD", "refs/heads/main")
+    killed.run("git", "reset", "--hard", "--quiet")
+    killed.run("git", "stash", "clear")
 
 
 def lengthen(workspace: Workspace, steps: int) -> None:
