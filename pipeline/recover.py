@@ -236,18 +236,18 @@ class Recovery:
         if not mine:
             return
         back = ", ".join(self._git("diff", "--name-only", f"{mine}^1", mine).splitlines())
-        if later or self._git("rev-parse", f"{mine}^1") != self._git("rev-parse", "HEAD"):
+        if later:
             self.left.append(
-                f"{back}: your changes are in Git's stash, others came later; `git stash pop` brings them back"
+                f"{', '.join(later)}: changed since dvc was killed; `git stash show -p` has what was before"
             )
+        elif self._git("rev-parse", f"{mine}^1") != self._git("rev-parse", "HEAD"):
+            self.left.append(f"{back}: your changes are in Git's stash; `git stash pop` brings them to this commit")
         else:
             self._git("stash", "pop", "--index", "--quiet")
             self.done.append(f"{back}: your changes are back from Git's stash, where dvc had put them")
 
     def _edited_after_staging(self, name: str) -> bool:
-        return bool(self._git("diff", "--cached", "--name-only", "--", name)) and bool(
-            self._git("diff", "--name-only", "--", name)
-        )
+        return re.match(r"\w\w ", self._git("status", "--porcelain", "--", name)) is not None
 
     def _stashed_by_dvc(self) -> str:
         """The last entry of Git's stash, if dvc made it: after it had taken its lock, and before it detached HEAD."""

@@ -241,31 +241,60 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changed", [True, False], ids=["changed", "clean"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "changed"),
+    [*((moment, True) for moment in MOMENTS), *((moment, False) for moment in list(MOMENTS)[1:6])],
+)
 def test_recover_after_a_tuning_that_was_killed_while_it_queued(
     queueing: Workspace, moment: str, changed: bool
 ) -> None:
     workspace = queueing
     if changed:
-        for name, line in (("README.md", "Mine.\n"), ("pipeline/notes.py", "# mine\n"), ("new.txt", "new\n")):
-            with (workspace.root / name).open("a") as file:
-                file.write(line)
-        workspace.run("git", "add", "README.md", "new.txt")
-    place, before, diff = workspace.position(), workspace.changes(), workspace.run("git", "diff", "HEAD")
-    words = [*TUNE[3:], "--optimizers", "sgd", "--trials", "1"]
-    ended = workspace.call("python", "-c", KILLED_AT.format(call=MOMENTS[moment], words=words))
-    if not changed and moment in ("HEAD back", "the user's changes back"):
-        pytest.skip("there is nothing to bring back")
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+        change(workspace)
+    before = everything(workspace)
+    kill_at(workspace, moment)
     line = workspace.refusal(*TUNE, "--optimizers", "sgd", "--trials", "1")
     assert line == (
         "error: HEAD and files are as a dvc that was killed left them; `make recover`, then this command again"
     )
     workspace.run("python", "-m", "pipeline.recover")
-    assert (workspace.position(), workspace.changes(), workspace.run("git", "diff", "HEAD")) == (place, before, diff)
+    assert everything(workspace) == before
     assert workspace.run("git", "stash", "list") == ""
     assert workspace.run("python", "-m", "pipeline.recover") == "all is well: nothing was changed\n"
+
+
+@pytest.mark.slow
+def test_recover_keeps_what_was_changed_after_the_kill(queueing: Workspace) -> None:
+    change(queueing)
+    place = queueing.position()
+    kill_at(queueing, "all staged")
+    with (queueing.root / "README.md").open("a") as file:
+        file.write("Later.\n")
+    ended = queueing.call("python", "-m", "pipeline.recover")
+    assert ended.returncode == 1 and "README.md: changed since dvc was killed" in ended.stderr
+    assert queueing.position() == place
+    assert (queueing.root / "README.md").read_text().endswith("Mine.\nLater.\n")
+    assert queueing.run("git", "show", "stash:README.md").endswith("Mine.\n")
+    assert queueing.run("git", "diff", "--name-only", "HEAD").split() == ["README.md", "pipeline/notes.py"]
+
+
+def change(workspace: Workspace) -> None:
+    """Staged, not staged, new."""
+    for name, line in (("README.md", "Mine.\n"), ("pipeline/notes.py", "# mine\n"), ("new.txt", "new\n")):
+        with (workspace.root / name).open("a") as file:
+            file.write(line)
+    workspace.run("git", "add", "README.md", "new.txt")
+
+
+def everything(workspace: Workspace) -> list[Any]:
+    """Branch, commit, what is staged and what is changed."""
+    return [workspace.position(), workspace.changes(), workspace.run("git", "diff", "HEAD")]
+
+
+def kill_at(workspace: Workspace, moment: str) -> None:
+    words = [*TUNE[3:], "--optimizers", "sgd", "--trials", "1"]
+    ended = workspace.call("python", "-c", KILLED_AT.format(call=MOMENTS[moment], words=words))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +312,7 @@ def queueing(killed: Workspace) -> Iterator[Workspace]:
     killed.run("git", "symbolic-ref", "HEAD", "refs/heads/main")
     killed.run("git", "reset", "--hard", "--quiet")
     killed.run("git", "stash", "clear")
+    (killed.root / "new.txt").unlink(missing_ok=True)
 
 
 def lengthen(workspace: Workspace, steps: int) -> None:
