@@ -240,10 +240,12 @@ MOMENTS = {
 }
 
 
-@pytest.mark.slow
+KILLS = [*((moment, True) for moment in MOMENTS), *((moment, False) for moment in list(MOMENTS)[1:6])]
+
+
 @pytest.mark.parametrize(
     ("moment", "changed"),
-    [*((moment, True) for moment in MOMENTS), *((moment, False) for moment in list(MOMENTS)[1:6])],
+    [pytest.param(*kill, marks=[] if kill == ("all staged", True) else pytest.mark.slow) for kill in KILLS],
 )
 def test_recover_after_a_tuning_that_was_killed_while_it_queued(
     queueing: Workspace, moment: str, changed: bool
