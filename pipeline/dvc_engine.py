@@ -47,7 +47,6 @@ def train(
     from dvc.repo import Repo
 
     logging.getLogger("dvc").setLevel(logging.ERROR)
-    _check_head()
     try:
         with Repo(str(ROOT)) as repo:
             queue = Queue(repo, trials, over, {*ours, *(trial.name for trial in trials)})
@@ -57,19 +56,6 @@ def train(
             return queue.queued
     except DvcException as error:
         raise ConfigError(" ".join(str(error).split())) from None
-
-
-def _check_head() -> None:
-    """Refuse to queue where a tuning was killed (kill -9, power gone) while it queued: DVC was at work on Git then."""
-    staged = _git("diff", "--cached", "--name-only").split()
-    if not _git("symbolic-ref", "--quiet", "HEAD") and set(staged) & {"params.yaml", ".dvc/tmp/repro.dat"}:
-        mend = "git checkout BRANCH && git reset -q && git checkout params.yaml"
-        kept = "; `git stash list` has what you had changed" if _git("stash", "list") else ""
-        raise ConfigError(f"HEAD: is detached, as a dvc that was killed while it queued leaves it; `{mend}`{kept}")
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 class Queue:

@@ -50,9 +50,11 @@ class Store:
         found = database.stat()
         return found.st_dev, found.st_ino
 
-    def of_benchmark(self, config: Mapping[str, Any]) -> str:
-        """Identifier of the experiment that has the runs of this benchmark."""
+    def of_run(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+        """Identifier of the experiment that has such a run: its benchmark's, or that of the benchmark's tuning."""
         view = views.comparison(config["target_metric"])
+        if notes.is_trial(environment):
+            return self._experiment(config["benchmark"] + notes.TUNING, view, notes.of_tuning(config))
         return self._experiment(config["benchmark"], view, notes.of_benchmark(config))
 
     def of_means(self, config: Mapping[str, Any]) -> str:

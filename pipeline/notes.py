@@ -9,6 +9,8 @@ from pipeline.config import TARGETS
 from pipeline.means import LEVEL
 
 MEANS = " mean"  # what the name of the experiment of a benchmark's means ends in, and the names of its runs
+TUNING = " tuning"  # and that of its tuning's trials
+TRIAL = "tune-"  # what the names of the trials' experiments in DVC begin with
 REPORT = "report/index.html"
 
 
@@ -32,8 +34,25 @@ def of_means(config: Mapping[str, Any]) -> str:
     )
 
 
-def of_run(record: str, experiment: str) -> str:
-    """Where the record of a run is, and the report that uses it; `experiment` is DVC's name of a temporary one."""
+def of_tuning(config: Mapping[str, Any]) -> str:
+    """The same for the experiment of a benchmark's trials."""
+    return (
+        f"Trials of a tuning, as many for every optimizer. {_question(config)}\n\nA group is one setting of an"
+        f" optimizer. {_CLOCK} Trials are in no comparison: that is in *{config['benchmark']}*. What was chosen, and"
+        " from what: `docs/tuning.md`."
+    )
+
+
+def is_trial(environment: Mapping[str, Any]) -> bool:
+    """Whether a run is a trial of a tuning, by the name of its experiment in DVC."""
+    return str(environment.get("dvc_exp_name") or "").startswith(TRIAL)
+
+
+def of_run(record: str, environment: Mapping[str, Any]) -> str:
+    """Where the record of a run is, and what uses it."""
+    if is_trial(environment):
+        return f"A trial of a tuning. Record: in a folder of `{record}`. What was chosen: `docs/tuning.md`."
+    experiment = environment.get("dvc_exp_name")
     where = f"; `dvc exp apply {experiment}` brings it into the workspace" if experiment else ""
     return f"Record: `{record}`{where}. Report: `{REPORT}`."
 

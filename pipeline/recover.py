@@ -3,7 +3,9 @@
 The one idea: only what DVC left behind is touched, and what cannot be told from the user's own work is named and left.
 A killed `dvc exp run` leaves HEAD detached, files staged and params.yaml composed for the experiment; killed queue
 workers leave points that are in no queue and in no list of experiments. Both are queued again, as the very commits
-that DVC had stashed for them; `dvc queue start` then runs them, and training goes on from its checkpoints.
+that DVC had stashed for them; `dvc queue start` then runs them, and training goes on from its checkpoints. A tuning, or
+`dvc exp run --queue`, that was killed while it queued leaves the same HEAD and files, and the user's changes in Git's
+stash: they come back, and what was not queued yet is not.
 
 Where all is well, it says so and changes nothing. Exit status: 1 when something is left for the user to decide.
 """
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from dvc.repo.experiments.queue.celery import LocalCeleryQueue
 
 UNFINISHED = "refs/exps/exec/EXEC_MERGE"  # what a `dvc exp run` in the workspace is about to run; gone when it is over
+ASSEMBLING = ".dvc/tmp/exps/rwlock"  # names who puts an experiment together in the workspace, before it runs or waits
 WRITTEN_BY_DVC = ("dvc.lock", "report/metrics.json")
 PACKED_ARGUMENTS = ".dvc/tmp/repro.dat"
 STASHED = re.compile(r"dvc-exp:([0-9a-f]+):([0-9a-f]+):([^~^:\\?\[\]*]*)(?::(.+))?$")
@@ -67,6 +70,8 @@ class Recovery:
         if others:
             what = "; ".join(f"process {process.pid}: {' '.join(process.cmdline()[-3:])}" for process in others)
             raise ConfigError(f"dvc is running here ({what}); wait for it or end it; nothing was changed")
+        if (holder := self._assembler()) is not None and self._lives(holder):
+            raise ConfigError(f"process {holder} is queueing experiments here; wait for it; nothing was changed")
         self._end_orphans(bool(workers))
         self._remove_stale_locks()
         with Repo(str(self.root)) as repo:
@@ -83,6 +88,12 @@ class Recovery:
             self.done.append("`dvc queue start -j 1` runs what is queued; training goes on from its checkpoints")
         self._bury()
         self._name_checkpoints()
+
+    def needed(self) -> bool:
+        """Whether a dvc that was killed left branch, index and files as they were in the middle of its work."""
+        if self.dvc_processes()[1]:
+            return False
+        return self._cut_off() or bool(self._git("rev-parse", "--verify", "--quiet", UNFINISHED))
 
     # ------------------------------------------------------------ processes and locks
 
@@ -131,16 +142,46 @@ class Recovery:
                     lock.unlink()
                     self.done.append(f".git/{name}: the lock of a git that is gone was removed")
 
+    def _assembler(self) -> int | None:
+        """The process that DVC's lock says is putting an experiment together, dead or alive."""
+        try:
+            return int(json.loads((self.root / ASSEMBLING).read_text(encoding="utf-8"))["write"]["workspace"]["pid"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _lives(self, process: int) -> bool:
+        """Whether it is a process of this repository; elsewhere its number was given away again."""
+        try:
+            return _folder(psutil.Process(process)).is_relative_to(self.root)
+        except psutil.Error:
+            return False
+
+    def _forget_assembler(self, queue: LocalCeleryQueue) -> None:
+        from dvc.rwlock import RWLockFileCorruptedError, _edit_rwlock
+
+        path = self.root / ASSEMBLING
+        try:
+            with _edit_rwlock(
+                str(path.parent), queue.repo.fs, queue.repo.config["core"].get("hardlink_lock", False)
+            ) as lock:
+                lock["write"] = {name: info for name, info in lock["write"].items() if self._lives(info["pid"])}
+        except RWLockFileCorruptedError:
+            path.unlink()
+
     # ------------------------------------------------------------ the workspace
 
     def _workspace(self, queue: LocalCeleryQueue) -> None:
         """Undo what a killed `dvc exp run` did to branch, index, params.yaml and dvc.lock, and queue its experiment."""
+        if self._cut_off():
+            self._undo_assembly()
+            self._forget_assembler(queue)
         stashed = self._git("rev-parse", "--verify", "--quiet", UNFINISHED)
         if not stashed:
             if self._detached():
                 self.left.append("HEAD is detached, and not by a dvc that was killed; `git checkout BRANCH` returns")
             return
-        if self._detached() and not self._return_to_branch():
+        start = self._git("rev-parse", "--verify", "--quiet", "refs/exps/exec/EXEC_HEAD") or "HEAD"
+        if self._detached() and not self._return_to_branch(start):
             return
         self._git("reset", "--quiet")
         (self.root / PACKED_ARGUMENTS).unlink(missing_ok=True)
@@ -158,16 +199,88 @@ class Recovery:
         shutil.rmtree(Path(queue.pid_dir) / "workspace", ignore_errors=True)
         self.done.append("`dvc repro` or `dvc checkout` brings results/ of the study back")
 
+    def _cut_off(self) -> bool:
+        """Whether a dvc was killed while it put an experiment together."""
+        holder = self._assembler()
+        return not self._lives(holder) if holder is not None else bool(self._git("ls-files", "--", PACKED_ARGUMENTS))
+
+    def _undo_assembly(self) -> None:
+        """Undo what dvc did to branch, index and files until it was killed while it put an experiment together.
+
+        Before that it stashes the user's changes, so whatever else is changed was changed afterwards.
+        """
+        if self._detached() and self._by_dvc(self._moved()) and not self._return_to_branch("HEAD"):
+            return
+        if STASHED.search(self._git("log", "-1", "--format=%s", "refs/stash", "--")):
+            self._git("stash", "drop", "--quiet")  # the experiment itself, on its way to DVC's own stash
+        mine = self._stashed_by_dvc()
+        changed = self._git("diff", "--name-only", "HEAD").splitlines()
+        dvcs = {name for name in ("params.yaml", *WRITTEN_BY_DVC) if not self._edited_after_staging(name)}
+        later = [
+            name
+            for name in changed
+            if name not in {*dvcs, PACKED_ARGUMENTS}
+            and not (mine and not self._git("diff", "--name-only", mine, "--", name))
+        ]
+        if later:
+            self._git("reset", "--quiet")
+            for name in dvcs.intersection(changed):
+                self._git("checkout", "HEAD", "--", name)
+        else:
+            self._git("reset", "--hard", "--quiet")
+        (self.root / PACKED_ARGUMENTS).unlink(missing_ok=True)
+        if "params.yaml" in dvcs.intersection(changed):
+            self.done.append("params.yaml: as committed, without the experiment's choices")
+        elif "params.yaml" in later:
+            self.left.append("params.yaml: was changed after dvc had composed it, and is left; `git diff params.yaml`")
+        if not mine:
+            return
+        back = ", ".join(self._git("diff", "--name-only", f"{mine}^1", mine).splitlines())
+        if later:
+            self.left.append(
+                f"{', '.join(later)}: changed since dvc was killed; `git stash show -p` has what was before"
+            )
+        elif self._git("rev-parse", f"{mine}^1") != self._git("rev-parse", "HEAD"):
+            self.left.append(f"{back}: your changes are in Git's stash; `git stash pop` brings them to this commit")
+        else:
+            self._git("stash", "pop", "--index", "--quiet")
+            self.done.append(f"{back}: your changes are back from Git's stash, where dvc had put them")
+
+    def _edited_after_staging(self, name: str) -> bool:
+        return re.match(r"\w\w ", self._git("status", "--porcelain", "--", name)) is not None
+
+    def _stashed_by_dvc(self) -> str:
+        """The last entry of Git's stash, if dvc made it: after it had taken its lock, and before it detached HEAD."""
+        made, moved, since = self._git("log", "-1", "--format=%ct", "refs/stash", "--"), self._moved(), self._since()
+        if not made or since is None or int(made) < since or (self._by_dvc(moved) and moved and moved[0] < int(made)):
+            return ""
+        return self._git("rev-parse", "refs/stash")
+
+    def _since(self) -> int | None:
+        """When dvc took the lock to put an experiment together; None if the lock is lost."""
+        path = self.root / ASSEMBLING
+        return int(path.stat().st_mtime) if self._assembler() is not None else None
+
+    def _by_dvc(self, moved: tuple[int, str] | None) -> bool:
+        """Whether it was dvc that moved HEAD away from a branch."""
+        since = self._since()
+        return moved is not None and (since is None or moved[0] >= since) and not re.fullmatch("[0-9a-f]{40}", moved[1])
+
+    def _moved(self) -> tuple[int, str] | None:
+        """When HEAD was last moved, and from where."""
+        log = self._git("reflog", "--date=unix", "--format=%gd %gs", "HEAD")
+        found = re.search(r"^HEAD@\{(\d+)\} checkout: moving from (\S+) to", log, re.MULTILINE)
+        return (int(found.group(1)), found.group(2)) if found else None
+
     def _detached(self) -> bool:
         return not self._git("symbolic-ref", "--quiet", "HEAD")
 
-    def _return_to_branch(self) -> bool:
+    def _return_to_branch(self, start: str) -> bool:
         """To the branch that HEAD was on: the only one at this commit, or that which the reflog names."""
-        start = self._git("rev-parse", "--verify", "--quiet", "refs/exps/exec/EXEC_HEAD") or "HEAD"
         here = self._git("for-each-ref", "--format=%(refname:short)", f"--points-at={start}", "refs/heads").split()
         if len(here) > 1:
-            moved = re.search(r"moving from (\S+) to", self._git("reflog", "-1", "--format=%gs", "HEAD"))
-            here = [name for name in here if moved is not None and name == moved.group(1)]
+            moved = self._moved()
+            here = [name for name in here if moved is not None and name == moved[1]]
         if len(here) != 1:
             self.left.append(
                 "HEAD is detached, from which branch is unknown; `git checkout BRANCH`, then recover again"

@@ -75,16 +75,18 @@ class Tracker:
 
         flat = parameters({**config, "seed": seed})
         record = seed_folder("results", config["benchmark"], config["optimizer"], seed).as_posix()
+        if notes.is_trial(environment):
+            record = f"trials/{config['benchmark']}/{config['optimizer']}"
         tags = {
             "status": "running",
             "seed": str(seed),
             "record": record,
             **_tags(config, environment),
-            "mlflow.note.content": notes.of_run(record, str(environment.get("dvc_exp_name") or "")),
+            "mlflow.note.content": notes.of_run(record, environment),
         }
         self._seed, self._configuration = seed, tags["configuration"]
         with store.turn():
-            self._experiment = store.of_benchmark(config)
+            self._experiment = store.of_run(config, environment)
             store.bury(self._experiment)
             if run_id and self._go_on(run_id, step, tags):
                 self.run_id = run_id

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import means, ui
 from pipeline.checks import ConfigError
-from pipeline.metrics import records_hash
+from pipeline.metrics import configuration_hash, records_hash
 from pipeline.mlflow_store import Store
 from pipeline.records import Run, read_run
 from pipeline.store import place, reason
@@ -124,26 +124,28 @@ def links(study: Mapping[str, Mapping[str, Sequence[Run]]]) -> dict[tuple[str, s
 def rebuild(results: Path, *, bring_back: bool = True) -> tuple[int, int]:
     """Bring every record below `results` into the store that is not there, and the means; (uploaded, already there).
 
-    Doing it twice changes nothing. A run that was deleted in the UI comes back only if `bring_back`.
+    So are the records of a tuning's trials, in `trials` beside it. Doing it twice changes nothing. A run that was
+    deleted in the UI comes back only if `bring_back`.
     """
     folders = _folders(results)
-    if not folders:
+    every = [*folders, *_trials(results)]
+    if not every:
         raise ConfigError(f"{results}: no run records ({results}/<benchmark>/<optimizer>/seed-<k>); run `dvc repro`")
     store = Store()
     there: dict[str, dict[str, Tracked]] = {}
-    uploaded = sum(_upload(store, folder, there, bring_back) for folder in folders)
+    uploaded = sum(_upload(store, folder, there, bring_back) for folder in every)
     for runs in _pairs(folders):
         put_mean(store, runs)
-    return uploaded, len(folders) - uploaded
+    return uploaded, len(every) - uploaded
 
 
 def check(results: Path) -> list[str]:
-    """A line for each run without a record and each record without a run; means count as both.
+    """A line for each run without a record and each record without a run; means and trials of a tuning count as both.
 
     Records of an experiment that DVC still has are in its cache, and a run that goes on has none yet.
     """
     store, folders = Store(), _folders(results)
-    records = {records_hash(folder): str(folder) for folder in folders}
+    records = {records_hash(folder): str(folder) for folder in [*folders, *_trials(results)]}
     records |= {means.checksum(runs): f"{runs[0].folder.parent}: the mean over its seeds" for runs in _pairs(folders)}
     kept, lines, missing = _experiments_of_dvc(), [], dict(records)
     names = {experiment.experiment_id: experiment.name for experiment in store.experiments()}
@@ -168,6 +170,15 @@ def _folders(results: Path) -> list[Path]:
     return sorted(summary.parent for summary in results.glob("*/*/seed-*/summary.json"))
 
 
+def _trials(results: Path) -> list[Path]:
+    """The records of a tuning's trials; of a setting that was trained again after code changed, the latest."""
+    latest: dict[tuple[str, int], Run] = {}
+    found = [read_run(path.parent) for path in (results.parent / "trials").glob("*/*/*/seed-*/summary.json")]
+    for run in sorted(found, key=lambda run: (started(run.environment), run.folder)):
+        latest[configuration_hash(run.config), int(run.summary["seed"])] = run
+    return sorted(run.folder for run in latest.values())
+
+
 def _pairs(folders: Sequence[Path]) -> list[list[Run]]:
     """The records of each pair, in the order of its seeds."""
     pairs: dict[Path, list[Run]] = {}
@@ -190,7 +201,7 @@ def _upload(store: Store, folder: Path, there: dict[str, dict[str, Tracked]], br
     """Bring one record into the store if need be; `there` has the runs of experiments that were asked for."""
     run = read_run(folder)
     with store.turn():
-        experiment = store.of_benchmark(run.config)
+        experiment = store.of_run(run.config, run.environment)
     if experiment not in there:
         found = store.runs(experiment, deleted=True)
         there[experiment] = {r.data.tags["records"]: r for r in found if "records" in r.data.tags}
@@ -241,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
                 ui.print_links(Store(), given.port)
             else:
                 ui.check_port(given.port)
-                if _folders(Path("results")):
+                if _folders(Path("results")) or _trials(Path("results")):
                     rebuild(Path("results"), bring_back=False)
                 ui.serve(Store(), given.port)
     except ConfigError as error:

@@ -22,6 +22,7 @@ from pipeline import checkpoint
 from pipeline.checks import ConfigError
 from pipeline.composition import ROOT, compose
 from pipeline.config import Params, RunConfig, load, resolve, view
+from pipeline.notes import TRIAL
 from pipeline.records import FILES, Run, copy_run, read_run
 from pipeline.search import Dimension, Values, declared, points, space
 from pipeline.signatures import REQUIRED, UNREADABLE, signature
@@ -78,7 +79,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Of its experiment in DVC."""
-        return f"tune-{self.benchmark}-{self.optimizer}-{self.key[:8]}".replace("_", "-")
+        return f"{TRIAL}{self.benchmark}-{self.optimizer}-{self.key[:8]}".replace("_", "-")
 
     @property
     def title(self) -> str:

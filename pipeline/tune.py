@@ -135,7 +135,13 @@ def tune(given: argparse.Namespace) -> int:
     """Do what the command line says; the exit status."""
     from pipeline import trials as plan
     from pipeline import tuning_evidence as book
+    from pipeline.composition import ROOT
+    from pipeline.recover import Recovery
 
+    if (ROOT / ".git").exists() and Recovery(ROOT).needed():
+        raise ConfigError(
+            "HEAD and files are as a dvc that was killed left them; `make recover`, then this command again"
+        )
     trials = given.trials if given.trials is not None else _default_trials(given.set)
     choice = plan.Choice(
         given.benchmarks, given.optimizers, trials, tuple(given.seeds), given.study, given.grid, tuple(given.set)

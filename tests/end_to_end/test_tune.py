@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow_store import tracked
 from repository import HANGS, ROOT, Workspace, new_repository, shrink_study, yaml_edited
 from ruamel.yaml import YAML
 
@@ -85,6 +86,7 @@ def processes(workspace: Workspace, *words: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_trial_becomes_a_record_and_evidence_and_no_experiment_stays(workspace: Workspace) -> None:
     printed = workspace.run(*TUNE, "--optimizers", "sgd", "--trials", "1")
     assert counts(printed) == {"sgd": [1, 0, 1, 0, 0]}
@@ -93,6 +95,8 @@ def test_a_trial_becomes_a_record_and_evidence_and_no_experiment_stays(workspace
     assert found["won_by_first"] and found["chosen"] == {"lr": 0.04} and len(found["trials"]) == 1
     assert "| sgd | 1 |" in (workspace.root / "docs" / "tuning.md").read_text()
     assert workspace.run("git", "for-each-ref", "refs/exps") == ""
+    [run] = tracked(workspace.root)
+    assert run.benchmark == "toy_linear tuning" and run.tags["record"] == "trials/toy_linear/sgd"
     changed = {line.split()[-1] for line in workspace.changes().splitlines()}
     assert changed == {"docs/tuning.md", "docs/images/tuning.svg", "tuning/"}
 
@@ -206,6 +210,111 @@ def test_a_killed_ray_worker_costs_no_trial_and_its_record_is_there_once(
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["status"], summary["steps"]) == ("finished", 6000) or summary["status"] == "diverged"
     assert not trainer.is_running()
+
+
+# ---------------------------------------------------------------- killed while it queues
+
+
+KILLED_AT = """
+import os, signal
+from dvc.repo.experiments.queue.base import BaseStashQueue
+from dvc.repo.experiments.queue.celery import LocalCeleryQueue
+from scmrepo.git import Git, Stash
+
+def die(*words, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{call} = die
+from pipeline.tune import main
+main({words})
+"""
+MOMENTS = {
+    "the user's changes stashed": "Git.checkout",
+    "HEAD detached": "BaseStashQueue._update_params",
+    "params.yaml staged": "BaseStashQueue._stash_commit_deps",
+    "all staged": "BaseStashQueue._stash_msg",
+    "the experiment stashed": "Git.reset",
+    "HEAD about to return": "Git.set_ref",
+    "HEAD back": "Stash.pop",
+    "the user's changes back": "Stash.drop",
+}
+
+
+KILLS = [*((moment, True) for moment in MOMENTS), *((moment, False) for moment in list(MOMENTS)[1:6])]
+
+
+@pytest.mark.parametrize(
+    ("moment", "changed"),
+    [pytest.param(*kill, marks=[] if kill == ("all staged", True) else pytest.mark.slow) for kill in KILLS],
+)
+def test_recover_after_a_tuning_that_was_killed_while_it_queued(
+    queueing: Workspace, moment: str, changed: bool
+) -> None:
+    workspace = queueing
+    if changed:
+        change(workspace)
+    before = everything(workspace)
+    kill_at(workspace, moment)
+    line = workspace.refusal(*TUNE, "--optimizers", "sgd", "--trials", "1")
+    assert line == (
+        "error: HEAD and files are as a dvc that was killed left them; `make recover`, then this command again"
+    )
+    workspace.run("python", "-m", "pipeline.recover")
+    assert everything(workspace) == before
+    assert workspace.run("git", "stash", "list") == ""
+    assert workspace.run("python", "-m", "pipeline.recover") == "all is well: nothing was changed\n"
+
+
+@pytest.mark.slow
+def test_recover_keeps_what_was_changed_after_the_kill(queueing: Workspace) -> None:
+    change(queueing)
+    place = queueing.position()
+    kill_at(queueing, "all staged")
+    with (queueing.root / "README.md").open("a") as file:
+        file.write("Later.\n")
+    ended = queueing.call("python", "-m", "pipeline.recover")
+    assert ended.returncode == 1 and "README.md: changed since dvc was killed" in ended.stderr
+    assert queueing.position() == place
+    assert (queueing.root / "README.md").read_text().endswith("Mine.\nLater.\n")
+    assert queueing.run("git", "show", "stash:README.md").endswith("Mine.\n")
+    assert queueing.run("git", "diff", "--name-only", "HEAD").split() == ["README.md", "pipeline/notes.py"]
+
+
+def change(workspace: Workspace) -> None:
+    """Staged, not staged, new."""
+    for name, line in (("README.md", "Mine.\n"), ("pipeline/notes.py", "# mine\n"), ("new.txt", "new\n")):
+        with (workspace.root / name).open("a") as file:
+            file.write(line)
+    workspace.run("git", "add", "README.md", "new.txt")
+
+
+def everything(workspace: Workspace) -> list[Any]:
+    """Branch, commit, what is staged and what is changed."""
+    return [workspace.position(), workspace.changes(), workspace.run("git", "diff", "HEAD")]
+
+
+def kill_at(workspace: Workspace, moment: str) -> None:
+    words = [*TUNE[3:], "--optimizers", "sgd", "--trials", "1"]
+    ended = workspace.call("python", "-c", KILLED_AT.format(call=MOMENTS[moment], words=words))
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the repository, not a copy of its files")
+    return new_repository(tmp_path_factory.mktemp("killed"), shrink_study)
+
+
+@pytest.fixture
+def queueing(killed: Workspace) -> Iterator[Workspace]:
+    """A repository on a branch, with another at the same commit."""
+    killed.run("git", "branch", "--force", "other")
+    yield killed
+    killed.run("git", "symbolic-ref", "HEAD", "refs/heads/main")
+    killed.run("git", "reset", "--hard", "--quiet")
+    killed.run("git", "stash", "clear")
+    (killed.root / "new.txt").unlink(missing_ok=True)
 
 
 def lengthen(workspace: Workspace, steps: int) -> None:

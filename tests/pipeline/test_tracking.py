@@ -106,6 +106,49 @@ def test_a_run_says_by_tags_and_in_words_where_it_belongs(root: Path) -> None:
     assert found["record"] in words and "dvc exp apply bumpy-pup" in words and "report/index.html" in words
 
 
+def test_the_trials_of_a_tuning_are_an_experiment_of_their_own(root: Path) -> None:
+    train(root, chosen("kfac"), "kfac")
+    folder = a_trial(root, chosen("kfac", lr=0.3), "0123456789abcdef")
+    assert tracking.rebuild(root / "results") == (1, 1) and tracking.rebuild(root / "results") == (0, 2)
+    assert set(runs(root)) == {"kfac seed 0"}
+    [trial] = runs(root, f"{BENCHMARK} tuning").values()
+    found = {name: trial.data.tags[name] for name in ("records", "record", "DVC_EXP_NAME")}
+    assert found == {
+        "records": metrics.records_hash(folder),
+        "record": f"trials/{BENCHMARK}/kfac",
+        "DVC_EXP_NAME": "tune-kfac-01234567",
+    }
+    assert "dvc exp apply" not in trial.data.tags["mlflow.note.content"]
+    comparison, tuning = (client(root).get_experiment_by_name(f"{BENCHMARK}{end}").tags for end in ("", " tuning"))
+    words = tuning["mlflow.note.content"]
+    assert words.startswith("Trials of a tuning") and "0.3 (hard)" in words and "docs/tuning.md" in words
+    assert words != comparison["mlflow.note.content"]
+    assert tuning[views.VIEW_TAG] == comparison[views.VIEW_TAG]
+    means = runs(root, f"{BENCHMARK} mean").values()
+    assert [run.data.params["optimizer.lr"] for run in means] == ["0.1"]  # none of trials
+
+
+def test_a_trial_lands_there_live_too(root: Path) -> None:
+    run = resolve(chosen("kfac"), BENCHMARK, "kfac")
+    for name in ("tune-kfac-01234567", "bumpy-pup"):
+        tracking.start(run, 0, {"dvc_exp_name": name})
+    found = {
+        end: {r.data.tags["DVC_EXP_NAME"] for r in runs(root, BENCHMARK + end).values()} for end in ("", " tuning")
+    }
+    assert found == {"": {"bumpy-pup"}, " tuning": {"tune-kfac-01234567"}}
+
+
+def a_trial(root: Path, params: Any, key: str) -> Path:
+    """The record of a trial where a tuning keeps it."""
+    written = study.write_record(root / key, params, BENCHMARK, "kfac", 0)
+    environment = json.loads((written / "environment.json").read_text())
+    environment["dvc_exp_name"] = f"tune-kfac-{key[:8]}"
+    (written / "environment.json").write_text(json.dumps(environment))
+    folder = root / "trials" / BENCHMARK / "kfac" / key / "seed-0"
+    records.copy_run(written, folder)
+    return folder
+
+
 def test_an_experiment_says_the_question_the_targets_and_the_protocol(root: Path) -> None:
     train(root, chosen("kfac"), "kfac")
     words = client(root).get_experiment_by_name(BENCHMARK).tags["mlflow.note.content"]

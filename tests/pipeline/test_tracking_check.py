@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import tracking
+from pipeline.records import copy_run
 from tests.pipeline import synthetic_records as study
 
 BENCHMARK = "digits_cnn"
@@ -73,6 +76,27 @@ def test_a_killed_run_is_listed_and_one_that_goes_on_is_not(rebuilt: Path) -> No
     tracking.Store().end_as_killed(run.run_id)
     [line] = tracking.check(rebuilt / "results")
     assert line.startswith(f"{BENCHMARK} sgd seed 0 (") and "killed" in line
+
+
+def test_a_trial_of_a_tuning_needs_its_run_and_a_run_its_trial(rebuilt: Path) -> None:
+    params = study.params((BENCHMARK,), ("sgd",), (0,))
+    folders = []
+    for key in ("older", "newer"):  # the same setting, by other code
+        written = study.write_record(rebuilt / key, params, BENCHMARK, "sgd", 0)
+        environment = json.loads((written / "environment.json").read_text())
+        environment.update(dvc_exp_name=f"tune-{key}", start_time=2e9 if key == "newer" else 1e9)
+        (written / "environment.json").write_text(json.dumps(environment))
+        folders.append(rebuilt / "trials" / BENCHMARK / "sgd" / key / "seed-0")
+        copy_run(written, folders[-1])
+    assert tracking.check(Path("results")) == [
+        f"trials/{BENCHMARK}/sgd/newer/seed-0: has no run in {tracking.Store().place}"
+    ]
+    assert tracking.rebuild(Path("results")) == (1, 2) and tracking.check(Path("results")) == []
+    shutil.rmtree(folders[-1])
+    assert [line.partition(" (")[0] for line in tracking.check(Path("results"))] == [
+        f"{BENCHMARK} tuning sgd seed 0",
+        f"trials/{BENCHMARK}/sgd/older/seed-0: has no run in {tracking.Store().place}",
+    ]
 
 
 def tracking_config(params: Any) -> Any:
