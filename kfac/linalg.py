@@ -96,7 +96,8 @@ def _invert_by_quarters(matrix: Tensor) -> Tensor:
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues [K, d], not negative, and eigenvectors [K, d, d] (columns) of a symmetric factor.
 
-    Where they do not converge float64 is tried.
+    Where they do not converge float64 is tried. LAPACK's divide and conquer in float32 may also give back NaN and say
+    that all is well, for a factor with many equal eigenvalues (dead pixels).
 
     Raises:
         torch.linalg.LinAlgError: when that fails too.
@@ -104,12 +105,18 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
     if matrix.dim() == 2:
         return matrix.clamp_min(0), None
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = _finite(*torch.linalg.eigh(matrix))
     except torch.linalg.LinAlgError:
         if matrix.dtype == torch.float64:
             raise
-        values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
+        values, vectors = (x.to(matrix.dtype) for x in _finite(*torch.linalg.eigh(matrix.double())))
     return values.clamp_min(0), vectors
+
+
+def _finite(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    if not (values.sum() + vectors.sum()).isfinite():
+        raise torch.linalg.LinAlgError("eigenvectors that are not finite")
+    return values, vectors
 
 
 def carry_scales(scales: Tensor, overlap_g: Tensor | None, overlap_a: Tensor | None) -> Tensor:

@@ -47,3 +47,22 @@ def test_a_factor_that_is_not_positive_is_noticed_wherever_that_shows(d, place):
     assert not linalg.damped_inverse(matrix, torch.zeros(1, dtype=torch.float64))[1]
     matrix[0, place, place] = torch.nan
     assert not linalg.damped_inverse(matrix, torch.zeros(1, dtype=torch.float64))[1]
+
+
+def test_eigenvectors_that_are_not_finite_are_made_in_float64(monkeypatch):
+    """As LAPACK gave for the first factor of the MNIST autoencoder: two columns of NaN, and no error."""
+    plain = torch.linalg.eigh
+
+    def faulty(matrix):
+        values, vectors = plain(matrix)
+        if matrix.dtype == torch.float32:
+            vectors[..., :2] = torch.nan
+        return values, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", faulty)
+    matrix = positive(2, 30, torch.float32)
+    values, basis = linalg.eigenbasis(matrix)
+    torch.testing.assert_close(basis @ (values[..., None] * basis.mT), matrix)
+    assert basis.dtype == torch.float32
+    with pytest.raises(torch.linalg.LinAlgError):
+        linalg.eigenbasis(torch.full((1, 3, 3), torch.nan, dtype=torch.float64))
