@@ -209,17 +209,20 @@ class Recovery:
 
         Before that it stashes the user's changes, so whatever else is changed was changed afterwards.
         """
-        if self._detached() and self._by_dvc(self._moved()) and not self._return_to_branch("HEAD"):
-            return
         if STASHED.search(self._git("log", "-1", "--format=%s", "refs/stash", "--")):
             self._git("stash", "drop", "--quiet")  # the experiment itself, on its way to DVC's own stash
-        mine = self._stashed_by_dvc()
+        mine, moved = self._stashed_by_dvc(), self._detached() and self._by_dvc(self._moved())
+        if not (mine or moved or self._git("ls-files", "--", PACKED_ARGUMENTS)):
+            return  # it had not begun, or was through
+        if moved and not self._return_to_branch("HEAD"):
+            return
         changed = self._git("diff", "--name-only", "HEAD").splitlines()
         dvcs = {name for name in ("params.yaml", *WRITTEN_BY_DVC) if not self._edited_after_staging(name)}
         later = [
             name
             for name in changed
             if name not in {*dvcs, PACKED_ARGUMENTS}
+            and (self.root / name).exists()  # else it was being written
             and not (mine and not self._git("diff", "--name-only", mine, "--", name))
         ]
         if later:
@@ -238,7 +241,7 @@ class Recovery:
         back = ", ".join(self._git("diff", "--name-only", f"{mine}^1", mine).splitlines())
         if later:
             self.left.append(
-                f"{', '.join(later)}: changed since dvc was killed; `git stash show -p` has what was before"
+                f"{', '.join(later)}: changed since dvc was killed; `git stash show -p` has earlier changes"
             )
         elif self._git("rev-parse", f"{mine}^1") != self._git("rev-parse", "HEAD"):
             self.left.append(f"{back}: your changes are in Git's stash; `git stash pop` brings them to this commit")
@@ -252,14 +255,15 @@ class Recovery:
     def _stashed_by_dvc(self) -> str:
         """The last entry of Git's stash, if dvc made it: after it had taken its lock, and before it detached HEAD."""
         made, moved, since = self._git("log", "-1", "--format=%ct", "refs/stash", "--"), self._moved(), self._since()
-        if not made or since is None or int(made) < since or (self._by_dvc(moved) and moved and moved[0] < int(made)):
+        if not made or since is None or int(made) < since:
+            return ""
+        if self._detached() and moved is not None and since <= moved[0] < int(made):
             return ""
         return self._git("rev-parse", "refs/stash")
 
     def _since(self) -> int | None:
         """When dvc took the lock to put an experiment together; None if the lock is lost."""
-        path = self.root / ASSEMBLING
-        return int(path.stat().st_mtime) if self._assembler() is not None else None
+        return int((self.root / ASSEMBLING).stat().st_mtime) if self._assembler() is not None else None
 
     def _by_dvc(self, moved: tuple[int, str] | None) -> bool:
         """Whether it was dvc that moved HEAD away from a branch."""

@@ -229,6 +229,7 @@ from pipeline.tune import main
 main({words})
 """
 MOMENTS = {
+    "nothing done": "Git.stash_workspace",
     "the user's changes stashed": "Git.checkout",
     "HEAD detached": "BaseStashQueue._update_params",
     "params.yaml staged": "BaseStashQueue._stash_commit_deps",
@@ -240,7 +241,7 @@ MOMENTS = {
 }
 
 
-KILLS = [*((moment, True) for moment in MOMENTS), *((moment, False) for moment in list(MOMENTS)[1:6])]
+KILLS = [*((moment, True) for moment in MOMENTS), *((moment, False) for moment in list(MOMENTS)[2:7])]
 
 
 @pytest.mark.parametrize(
@@ -277,12 +278,12 @@ def test_recover_keeps_what_was_changed_after_the_kill(queueing: Workspace) -> N
     assert queueing.position() == place
     assert (queueing.root / "README.md").read_text().endswith("Mine.\nLater.\n")
     assert queueing.run("git", "show", "stash:README.md").endswith("Mine.\n")
-    assert queueing.run("git", "diff", "--name-only", "HEAD").split() == ["README.md", "pipeline/notes.py"]
+    assert queueing.run("git", "diff", "--name-only", "HEAD").split() == ["README.md", "docs/library.md"]
 
 
 def change(workspace: Workspace) -> None:
     """Staged, not staged, new."""
-    for name, line in (("README.md", "Mine.\n"), ("pipeline/notes.py", "# mine\n"), ("new.txt", "new\n")):
+    for name, line in (("README.md", "Mine.\n"), ("docs/library.md", "mine\n"), ("new.txt", "new\n")):
         with (workspace.root / name).open("a") as file:
             file.write(line)
     workspace.run("git", "add", "README.md", "new.txt")
