@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.mlflow_store import Store
 
 PORT = 5000
-# A name of the loopback (RFC 6761). On localhost itself MLflow's page opens with an assistant over a quarter of it.
+# A name of the loopback (RFC 6761). On localhost itself MLflow's page opens a chat over a quarter of itself.
 HOST = "mlflow.localhost"
 
 
