@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,8 @@ def copy_working_tree(target: Path) -> None:
 
 def new_repository(folder: Path, edit: Callable[[Path], None]) -> Workspace:
     """The repository as it is after cloning, its study changed by `edit`: no data, no results, an empty cache."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the repository, not a copy of its files")
     root = folder / "repository"
     copy_working_tree(root)
     (root / "dvc.lock").unlink(missing_ok=True)
