@@ -177,6 +177,7 @@ ARGUMENTS: dict[str, Rule] = {
     "factor_interval": COUNT,
     "inverse_interval": COUNT,
     "scale_interval": COUNT,
+    "max_factor_size": COUNT,
     "solver": Choice(("cholesky", "eigh")),
     "preconditioning_dtype": Choice(("bfloat16", "float16", "float32", "float64")),
     "coarse_space": Choice(("krylov", "constant")),

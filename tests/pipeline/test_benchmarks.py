@@ -16,6 +16,7 @@ from pipeline.loop import Training, learning_rate_factor
 from pipeline.validation import available
 
 OPTIMIZERS = ["sgd", "adam", "kfac", "ekfac", "gkfac"]
+SEVEN = ["sgd", "adam", "muon", "soap", "kfac", "ekfac", "gkfac"]
 DEPTHS = [f"toy_depth{depth}_{activation}" for depth in (8, 32) for activation in ("none", "relu", "tanh")]
 NETWORKS = [
     *("alexnet", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn"),
@@ -100,6 +101,8 @@ def test_published_networks_get_200_epochs_with_a_cosine_after_5_of_warm_up(ever
         ("paper", ["toy_linear", "toy_mlp", *DEPTHS, "mnist_autoencoder", *CIFAR], OPTIMIZERS),
         ("smoke", ["toy_mlp", "mnist_autoencoder", "cifar10_cnn"], available("optimizer")),
         ("tiny", ["toy_linear", "digits_cnn"], ["sgd", "kfac", "gkfac"]),
+        ("verdict", ["toy_linear", "toy_mlp", "digits_autoencoder", "digits_cnn"], SEVEN),
+        ("verdict_images", ["mnist_autoencoder", "cifar10_cnn"], SEVEN),
     ],
 )
 def test_a_study_names_what_it_promises(
