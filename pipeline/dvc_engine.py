@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 SECONDS = 10.5  # that a trial takes besides its training: starting processes, copies of commit and data
 TIMES = 3  # that a trial is queued at most
-ROUNDS = TIMES + 2  # of queueing and waiting; one may find a queue that others filled, the last finds nothing to do
+LOT = 50  # trials that are queued before the next ones wait: every entry makes queueing another a little slower
 LOOK_EVERY = 1.0  # seconds
 GRACE = 30.0  # seconds without a worker after which what was queued is taken to be left
 
@@ -50,7 +52,8 @@ def train(
     try:
         with Repo(str(ROOT)) as repo:
             queue = Queue(repo, trials, over, {*ours, *(trial.name for trial in trials)})
-            for _ in range(ROUNDS):
+            # One round may find a queue that others filled, the last finds nothing to do.
+            for _ in range(TIMES * math.ceil(len(trials) / LOT) + 2):
                 if not queue.round(workers):
                     break
             return queue.queued
@@ -71,23 +74,29 @@ class Queue:
         self._celery = repo.experiments.celery_queue
 
     def round(self, workers: int) -> bool:
-        """Queue what is missing and wait for it; False when there was nothing to wait for."""
+        """Queue some of what is missing and wait for it; False when there was nothing to wait for."""
         self._collect()
         self._clear()
         self._recover()
         under_way = {entry.name for entry in [*self._celery.iter_queued(), *self._celery.iter_active()]}
+        under_way &= self.missing.keys()
         again = [trial for name, trial in self.missing.items() if self.queued[name] < TIMES and name not in under_way]
-        if not again and not under_way & self.missing.keys():
+        again = sorted(again, key=lambda trial: self.queued[trial.name])[: max(0, LOT - len(under_way))]
+        if not again and not under_way:
             return False
-        self.queued.update(name for name in under_way & self.missing.keys() if not self.queued[name])  # by others
-        failed = [name for name in self._failed() if name in self.missing]
+        self.queued.update(name for name in under_way if not self.queued[name])  # by others
+        failed = [trial.name for trial in again if trial.name in self._failed()]
         if failed:  # else they would seem to have failed again
             self._patiently(lambda: self._celery.remove(failed))
         for trial in again:
             self._put(trial)
         start = [sys.executable, "-m", "dvc", "queue", "start", "-j", str(workers)]
         nothing = subprocess.DEVNULL  # to a pipe, the command would hold on until the workers end
-        if subprocess.run(start, cwd=ROOT, stdin=nothing, stdout=nothing, stderr=nothing, check=False).returncode:
+        # Workers call dvc and python by name: this interpreter's, also where its environment is not activated.
+        environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        if subprocess.run(
+            start, cwd=ROOT, env=environment, stdin=nothing, stdout=nothing, stderr=nothing, check=False
+        ).returncode:
             raise ConfigError(f"`dvc queue start -j {workers}` failed; it says why, the trials stay queued")
         self._wait()
         return True
@@ -106,7 +115,7 @@ class Queue:
         seen = time.monotonic()
         while True:
             self._collect()
-            if not self.missing.keys() - self._failed():
+            if not {name for name in self.missing if self.queued[name]} - self._failed():
                 return
             if Recovery(ROOT).dvc_processes()[0]:
                 seen = time.monotonic()
