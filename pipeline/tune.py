@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Asked = Mapping[Pair, Sequence[Trial]]
 
-SEED = 1000  # of tuning; the comparison's are 0, 1, 2, ...
+SEEDS = "1000,1001,1002"  # of tuning; the comparison's are 0, 1, 2, ...
 TRIALS = {"cpu": 8, "cuda": 16}
 COLUMNS = ("benchmark", "optimizer", "asked", "found", "queued", "again", "missing", "chosen", "won by trial 1", "edge")
 NOT_SET = ("benchmark", "optimizer", "study", "seeds", "diagnostics")  # by --set: they have options, or are given
@@ -64,7 +64,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--trials", metavar="N", help="of each pair, trial 1 being the shipped setting; default 8 on a CPU, 16 on a GPU"
     )
-    add("--seeds", default=str(SEED), metavar="K,L", help=f"none of the comparison's; default {SEED}")
+    add("--seeds", default=SEEDS, metavar="K,L", help=f"none of the comparison's; default {SEEDS}")
     add("--grid", action="store_true", help="a grid in place of a Sobol sequence")
     add("--workers", default="1", metavar="N", help="trials at a time; side by side they share the machine; default 1")
     add("--engine", default="dvc", help="dvc (its queue, on this machine) or ray (RAY_ADDRESS names a cluster)")

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 
 from pipeline.validation import by_benchmark
 
-TUNE = ("python", "-m", "pipeline.tune", "--benchmarks", "toy_linear")
+TUNE = ("python", "-m", "pipeline.tune", "--benchmarks", "toy_linear", "--seeds", "1000")
 
 
 @pytest.fixture
