@@ -57,9 +57,10 @@ class Workspace:
         return lines[0]
 
     def files(self, *folders: str) -> dict[str, bytes]:
-        """Contents of all files below these folders."""
+        """Contents of all files below these folders, but for Python's own byte code."""
         found = (path for folder in folders for path in (self.root / folder).rglob("*"))
-        return {str(path.relative_to(self.root)): path.read_bytes() for path in found if path.is_file()}
+        kept = (path for path in found if path.is_file() and path.suffix != ".pyc")
+        return {str(path.relative_to(self.root)): path.read_bytes() for path in kept}
 
     def changes(self) -> str:
         """What Git sees changed since the last commit."""
