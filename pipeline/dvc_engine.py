@@ -85,7 +85,7 @@ class Queue:
         if not again and not under_way:
             return False
         self.queued.update(name for name in under_way if not self.queued[name])  # by others
-        failed = [trial.name for trial in again if trial.name in self._failed()]
+        failed = list(self._failed() & {trial.name for trial in again})
         if failed:  # else they would seem to have failed again
             self._patiently(lambda: self._celery.remove(failed))
         for trial in again:
