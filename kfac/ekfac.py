@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import factors, linalg
-from .kfac import bases_of, decompose, solve_in_eigenbasis
+from .kfac import BASES, bases_of, decompose, solve_in_eigenbasis
 from .layers import Block
 from .method import Method
 from .optimizer import KroneckerOptimizer
@@ -26,12 +26,14 @@ class KroneckerEigenMethod(Method):
 
     name = "E-KFAC"
     keeps_rows = True
+    solves_with = (*BASES, "scales")
 
     def __init__(
         self,
         scale_interval: int | Callable[[int], int] | None = None,
         preconditioning_dtype: torch.dtype | str | None = None,
     ):
+        super().__init__()
         check_options({"scale_interval": scale_interval, "preconditioning_dtype": preconditioning_dtype})
         self.scale_interval, self.dtype = scale_interval, dtype_of(preconditioning_dtype)
         self._scales_at = -1

@@ -15,6 +15,9 @@ from .optimizer import KroneckerOptimizer
 from .options import Options, check_names, check_options, dtype_of
 from .state import BlockState
 
+INVERSES = ("inverse_a", "inverse_g")
+BASES = ("basis_a", "basis_g")
+
 
 class KroneckerMethod(Method):
     """F_l = G_l (x) A_l, inverted block by block; `solver` and `dtype` as in `KFAC`."""
@@ -22,8 +25,10 @@ class KroneckerMethod(Method):
     name = "K-FAC"
 
     def __init__(self, solver: str = "cholesky", preconditioning_dtype: torch.dtype | str | None = None):
+        super().__init__()
         check_options({"solver": solver, "preconditioning_dtype": preconditioning_dtype})
         self.solver, self.dtype = solver, dtype_of(preconditioning_dtype)
+        self.solves_with = INVERSES if solver == "cholesky" else (*BASES, "values")
 
     def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
         return (
@@ -33,7 +38,8 @@ class KroneckerMethod(Method):
     def solve(self, block: Block, state: BlockState, matrix: Tensor) -> Tensor:
         if self.solver == "cholesky":
             inverse_g, inverse_a = state.solver["inverse_g"], state.solver["inverse_a"]
-            return linalg.apply(inverse_g, matrix.to(inverse_g.dtype), inverse_a).to(matrix.dtype)
+            right = None if block.unit else inverse_a  # which is 1
+            return linalg.apply(inverse_g, matrix.to(inverse_g.dtype), right).to(matrix.dtype)
         return solve_in_eigenbasis(state, matrix, state.solver["values"] + state.damping_a[:, None, None], self.dtype)
 
 
@@ -125,7 +131,8 @@ def solve_in_eigenbasis(state: BlockState, matrix: Tensor, divisor: Tensor, dtyp
 
 def bases_of(state: BlockState) -> tuple[Tensor | None, Tensor | None]:
     """Eigenvectors of A and G; None for the identity."""
-    return state.solver.get("basis_a"), state.solver.get("basis_g")
+    basis_a, basis_g = (state.solver.get(name) for name in BASES)
+    return basis_a, basis_g
 
 
 def _identity(factor: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .batches import Batch, Batches
 from .layers import Block
+from .parts import worth_joining
 from .rows import Rows
 from .state import BlockState
 
@@ -18,10 +20,14 @@ if TYPE_CHECKING:
 class Method:
     """Base of the preconditioners: `refresh` and `solve`, and `directions` where layers are not solved one by one."""
 
+    def __init__(self) -> None:
+        self.batches = Batches()
+
     name: str  # as states and messages have it
     keeps_rows = False  # whether rows of a statistics step are needed for more than the factors
     least_momentum = 0.3  # of the self-tuning rule: 0.4 and more is faster without noise, and stays high with it
     dtype: torch.dtype | None = None  # of the products that precondition, None for the parameters' own
+    solves_with: tuple[str, ...] = ()  # the tensors of `BlockState.solver` that `solve` reads, [K, ...] each
 
     def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
         """Renew `state.solver` from the averages; returns 1 where that failed, else 0 (0-dimensional)."""
@@ -33,7 +39,19 @@ class Method:
 
     def directions(self, curvature: Curvature, blocks: list[Block], gradients: list[Tensor]) -> list[Tensor]:
         """The preconditioner times the gradients of some blocks."""
-        return [self.solve(b, curvature.states[b], g) for b, g in zip(blocks, gradients, strict=True)]
+        found: dict[Block, Tensor] = {}
+        given = dict(zip(blocks, gradients, strict=True))
+        for batch in self._batches(curvature, gradients):
+            if all(block in given for block in batch.blocks):
+                solved = self.solve(batch.blocks[0], batch.state, torch.cat([given[block] for block in batch.blocks]))
+                found |= zip(batch.blocks, solved.split(batch.lengths), strict=True)
+        return [found[b] if b in found else self.solve(b, curvature.states[b], g) for b, g in given.items()]
+
+    def _batches(self, curvature: Curvature, gradients: list[Tensor]) -> list[Batch]:
+        """Layers that are solved in one call, where that is faster."""
+        if not gradients or not worth_joining(gradients[0].device):
+            return []
+        return self.batches.of(curvature.states, self.solves_with)
 
     def after_statistics(self, curvature: Curvature, rows: list[Rows], finite: Tensor) -> None:
         """Called with the rows of a statistics step and their weights, once the preconditioners are renewed."""

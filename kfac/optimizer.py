@@ -24,6 +24,7 @@ from .layers import Block
 from .levenberg import LevenbergMarquardt
 from .method import Method
 from .options import Options, check_options, gradual
+from .parts import Parts, worth_joining
 from .rules import FixedRule, Plan, Problem, SelfTuningRule
 from .state import LayerCurvature
 
@@ -273,21 +274,18 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         blocks, groups = [blocks[i] for i in usable], [groups[i] for i in usable]
         gradients = [gradients[i] for i in usable]
         first_order = self._fallback.step(others, self.state, finite)
-        buffers = [self.state[b.parameters[0]].get("momentum_buffer") for b in blocks]
-        buffers = [
-            torch.zeros(block.shape, dtype=block.dtype, device=finite.device) if x is None else x
-            for x, block in zip(buffers, blocks, strict=True)
-        ]
+        parts = Parts(blocks, groups, joined=worth_joining(finite.device))
         problem = Problem(
-            blocks,
+            parts,
             gradients,
-            buffers,
-            groups,
-            lambda gs: curvature.directions(blocks, gs),
+            parts.join([self._buffer(block) for block in blocks]),
+            lambda vector: parts.join(curvature.directions(blocks, parts.split(vector))),
             finite,
             first_order,
-            [curvature.dampings[block] for block in blocks],
-            form=curvature.quadratic_form,
+            [curvature.dampings[blocks[i]] for i in parts.first],
+            form=lambda vectors: curvature.quadratic_form(
+                dict(zip(blocks, zip(*map(parts.split, vectors), strict=True), strict=True))
+            ),
             loss=collector.loss() if collector.losses else None,
             room=collector.room() if collector.losses else None,
             step=curvature.step,
@@ -295,28 +293,42 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         if not blocks and self.self_tuning:
             return {}
         plan = self._rule(problem)
-        self._apply(problem, plan, group_of)
-        return dict(zip(blocks, plan.steps, strict=True))
+        steps = parts.split(plan.steps)
+        self._apply(problem, plan, steps, group_of)
+        return dict(zip(blocks, steps, strict=True))
 
-    def _apply(self, problem: Problem, plan: Plan, group_of: dict[int, dict[str, Any]]) -> None:
-        parameters: list[Tensor] = []
-        changes: list[Tensor] = []
-        layers = zip(problem.blocks, problem.groups, plan.steps, plan.buffers, plan.rates, strict=True)
-        for block, group, step, buffer, rate in layers:
-            if self.decoupled_weight_decay:
-                for parameter in block.parameters:
-                    if decay := group_of[id(parameter)]["weight_decay"]:
-                        keep = step.new_ones(()) - rate * decay  # a number made on the device: no copy to wait for
-                        parameter.mul_(torch.where(plan.finite, keep, 1.0))
-            if group["momentum"]:
+    def _buffer(self, block: Block) -> Tensor:
+        """The momentum of a block, zeros at first."""
+        parameter = block.parameters[0]
+        buffer = self.state[parameter].get("momentum_buffer")
+        return torch.zeros(block.shape, dtype=block.dtype, device=parameter.device) if buffer is None else buffer
+
+    def _apply(self, problem: Problem, plan: Plan, steps: list[Tensor], group_of: dict[int, dict[str, Any]]) -> None:
+        parts = problem.parts
+        if self.decoupled_weight_decay:
+            self._decay(parts, plan, group_of)
+        for block, buffer, part in zip(parts.blocks, parts.split(plan.buffers), parts.of, strict=True):
+            if parts.groups[part]["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
-            parameters += block.parameters
-            changes += block.tensors(step)
+        parameters: list[Tensor] = [parameter for block in parts.blocks for parameter in block.parameters]
+        changes = [change for block, step in zip(parts.blocks, steps, strict=True) for change in block.tensors(step)]
         if parameters:
             torch._foreach_add_(parameters, changes)
         if plan.factor is not None:
             self._fallback.scale(plan.factor)
         self._curvature.stats |= plan.stats
+
+    def _decay(self, parts: Parts, plan: Plan, group_of: dict[int, dict[str, Any]]) -> None:
+        """Decoupled weight decay, at the rate of each part."""
+        decayed: list[dict[float, list[Tensor]]] = [{} for _ in plan.rates]
+        for block, part in zip(parts.blocks, parts.of, strict=True):
+            for parameter in block.parameters:
+                if decay := group_of[id(parameter)]["weight_decay"]:
+                    decayed[part].setdefault(decay, []).append(parameter)
+        for step, rate, by_decay in zip(plan.steps, plan.rates, decayed, strict=True):
+            for decay, parameters in by_decay.items():
+                keep = step.new_ones(()) - rate * decay  # a number made on the device: no copy to wait for
+                torch._foreach_mul_(parameters, torch.where(plan.finite, keep, 1.0))
 
     def _gradients(self, block: Block, group_of: dict[int, dict[str, Any]]) -> list[Tensor | None]:
         """Of the block's parameters, with the weight decay that is part of the objective."""

@@ -6,7 +6,7 @@ needs no learning rate. `FixedRule` is the papers' rule: learning rate, momentum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,37 +15,41 @@ from torch import Tensor
 
 from . import clip, quadratic
 from .later import select
-from .layers import Block
+from .parts import Parts
 
 
 @dataclass
 class Problem:
-    """What a rule works on. Lists run over the layers of this step; matrices are [K, d_out, d_in].
+    """What a rule works on. Vectors are lists that run over `parts`, the layers one by one or those of a group.
 
-    `gradients` are those of each layer's parameters, `groups` the layers' parameter groups, `buffers` their
-    "momentum_buffer" (zeros at first), `dampings` what is added to their curvature, `solve` maps gradients as matrices
-    to natural gradients in new tensors, `first_order` is the part of the KL clip's quadratic form that parameters
-    without a block add.
+    `gradients` are those of each layer's parameters, `buffers` the last momentum (zeros at first), `groups` the
+    parameter groups, `dampings` what is added to the curvature, `solve` maps gradients to natural gradients in new
+    tensors, `form` I vectors to their quadratic form [I, I] on this batch's curvature, `first_order` is the part of the
+    KL clip's quadratic form that parameters without a block add.
     """
 
-    blocks: list[Block]
+    parts: Parts
     gradients: list[list[Tensor | None]]
     buffers: list[Tensor]
-    groups: list[dict[str, Any]]
     solve: Callable[[list[Tensor]], list[Tensor]]
     finite: Tensor
     first_order: Tensor
     dampings: list[Tensor]
-    form: Callable[[Mapping[Block, Sequence[Tensor]]], Tensor]
+    form: Callable[[Sequence[Sequence[Tensor]]], Tensor]
     loss: Tensor | None
     room: Tensor | None
     step: int
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter group of each part."""
+        return self.parts.groups
 
 
 @dataclass
 class Plan:
     """What a rule decided: steps and new buffers (zeros and the old ones where a number is not finite), the rate of
-    decoupled weight decay of each layer, the factor for the steps of the other parameters, and what was measured."""
+    decoupled weight decay of each part, the factor for the steps of the other parameters, and what was measured."""
 
     steps: list[Tensor]
     buffers: list[Tensor]
@@ -80,8 +84,7 @@ class FixedRule:
 
     def __call__(self, problem: Problem) -> Plan:
         groups = problem.groups
-        inputs = zip(problem.blocks, problem.gradients, problem.buffers, groups, strict=True)
-        buffers = [block.added(gradient, old, group["momentum"]) for block, gradient, old, group in inputs]
+        buffers = problem.parts.added(problem.gradients, problem.buffers, [group["momentum"] for group in groups])
         directions = problem.solve(buffers)
         along = [quadratic.dot(direction, buffer) for direction, buffer in zip(directions, buffers, strict=True)]
         form = problem.first_order.clone()
@@ -139,9 +142,9 @@ class SelfTuningRule:
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None
-        gradients = [block.matrix(g) for block, g in zip(problem.blocks, problem.gradients, strict=True)]
+        gradients = problem.parts.gathered(problem.gradients)
         pairs = [(x.neg_(), last) for x, last in zip(problem.solve(gradients), problem.buffers, strict=True)]
-        form = _gram(pairs, problem.dampings) + problem.form(dict(zip(problem.blocks, pairs, strict=True)))
+        form = _gram(pairs, problem.dampings) + problem.form(list(zip(*pairs, strict=True)))
         slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, gradients, strict=True)]
         slope = _totals(slopes)
         largest = form.new_ones(())
@@ -192,12 +195,12 @@ def _decrease(weights: Tensor, slope: Tensor, form: Tensor) -> Tensor:
 
 
 def _gram(pairs: list[tuple[Tensor, Tensor]], weights: list[Tensor]) -> Tensor:
-    """Inner products of two vectors, given layer by layer, with each other, with a weight for each layer: [2, 2]."""
+    """Inner products of two vectors, given part by part, with each other, with a weight for each part: [2, 2]."""
     products = [[quadratic.dot(u, u), quadratic.dot(u, v), quadratic.dot(v, v)] for u, v in pairs]
     uu, uv, vv = torch.stack(weights) @ torch.stack([torch.stack(row) for row in products])
     return torch.stack([uu, uv, uv, vv]).reshape(2, 2)
 
 
 def _totals(numbers: list[list[Tensor]]) -> Tensor:
-    """Sums over the layers of a few numbers of each."""
+    """Sums over the parts of a few numbers of each."""
     return torch.stack([torch.stack(row) for row in numbers]).sum(0)

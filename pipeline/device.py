@@ -77,7 +77,7 @@ def _prepare_gpu(run: Settings, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"precision: {run.precision!r} is not allowed on {name}; expected fp32 or fp16")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product; repeatable ones need it
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device.index or 0)  # a device without an index is refused
     # The older of torch's two sets of switches: compiled code reads it, and refuses where only the newer was used.
     torch.set_float32_matmul_precision("highest" if run.precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = run.precision != "fp32"

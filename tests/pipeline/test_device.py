@@ -77,6 +77,18 @@ def assert_near(one: Tensor, other: Tensor, factor: float) -> None:
 # Settings are made, recorded and refused.
 
 
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """The process's settings as they were."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn, False
+        torch.use_deterministic_algorithms(False)
+
+
 def test_device_and_threads_are_set_and_recorded() -> None:
     before = torch.get_num_threads()
     try:
@@ -107,6 +119,20 @@ def test_what_this_machine_does_not_have_is_refused(settings: dict[str, Any], li
     with pytest.raises(ConfigError) as refusal:
         prepare_device(a_run(**settings))
     assert str(refusal.value) == line
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+@pytest.mark.usefixtures("switches")
+def test_the_first_gpu_is_taken_or_the_one_that_is_named(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way to a GPU, also where there is none: torch's own check of the device, up to the driver."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run = a_run(device=name)
+    assert prepare_device(run).type == "cuda" and taken == [index]
 
 
 # Settings change how numbers are rounded, and nothing else.
@@ -191,18 +217,6 @@ def test_a_compiled_run_is_that_of_the_eager_one_and_compiles_before_its_clock_s
 # On a GPU.
 
 
-@pytest.fixture
-def switches() -> Iterator[None]:
-    """The process's settings as they were."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn, False
-        torch.use_deterministic_algorithms(False)
-
-
 @contextmanager
 def no_waiting() -> Iterator[None]:
     torch.cuda.synchronize()
@@ -268,7 +282,7 @@ def test_a_deterministic_run_repeats_to_the_bit(optimizer: str, settings: dict[s
 @needs_gpu
 def test_seconds_of_phases_on_the_stream_add_up_and_events_are_used_again() -> None:
     device = torch.device("cuda")
-    watch, value = Stopwatch(device), torch.randn(1000, 1000, device=device)
+    watch, value = Stopwatch(device), torch.randn(2000, 2000, device=device)
     whole = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     most = 0
     whole[0].record()
