@@ -218,15 +218,17 @@ class Curvature:
     def _update_averages(self, finite: Tensor) -> None:
         if not self.collector.sums:
             return
-        norm = self.collector.norm()
-        for block, (outer_a, count, outer_g) in self.collector.sums.items():
+        for block in self.collector.sums:
             if block not in self.states:
                 self.states[block] = BlockState.of(block)
-            state = self.states[block]
-            new_a, new_g = outer_a.div_(count.clamp_min(1)), outer_g.div_(norm)  # nobody reads the sums again
-            state.count += finite
-            factors.update_average(state.A, new_a, state.count, self.stat_decay, finite)
-            factors.update_average(state.G, new_g, state.count, self.stat_decay, finite)
+        states = [self.states[block] for block in self.collector.sums]
+        outer_a, rows, outer_g = (list(column) for column in zip(*self.collector.sums.values(), strict=True))
+        torch._foreach_div_(outer_a, torch._foreach_clamp_min(rows, 1))  # nobody reads the sums again
+        torch._foreach_div_(outer_g, self.collector.norm())
+        counts = [state.count for state in states]
+        torch._foreach_add_(counts, [finite.to(counts[0].dtype)] * len(counts))
+        averages = [*(state.A for state in states), *(state.G for state in states)]
+        factors.update_averages(averages, [*outer_a, *outer_g], counts * 2, self.stat_decay, finite)
 
     def _renew(self, overrides: dict[Block, tuple[Any, float]]) -> None:
         """The damping and the preconditioners of all layers, from the present averages."""

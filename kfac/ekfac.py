@@ -61,10 +61,12 @@ class KroneckerEigenMethod(Method):
             own = [(*part.layers[block], part.weight) for part in rows if block in part.layers]
             parts = [squared_gradients(a, g, block.shape[2], basis_a, basis_g).mul_(w) for a, g, w in own]
             new.append(torch.stack(parts).sum(0))
-        for block, scales in zip(measured, curvature.sum_over_ranks(new), strict=True):
-            solver = curvature.states[block].solver
-            solver["scale_count"] += finite
-            factors.update_average(solver["scales"], scales, solver["scale_count"], curvature.stat_decay, finite)
+        if measured:
+            solvers = [curvature.states[block].solver for block in measured]
+            counts = [solver["scale_count"] for solver in solvers]
+            torch._foreach_add_(counts, [finite.to(counts[0].dtype)] * len(counts))
+            averages = [solver["scales"] for solver in solvers]
+            factors.update_averages(averages, curvature.sum_over_ranks(new), counts, curvature.stat_decay, finite)
         self._scales_at = curvature.step
 
     def solve(self, block: Block, state: BlockState, matrix: Tensor) -> Tensor:

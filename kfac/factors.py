@@ -7,20 +7,32 @@ curvature (Martens & Grosse 2015, arXiv 1503.05671, section 3; with T > 1 the pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .later import seen_broken
 
 
-def update_average(average: Tensor, new: Tensor, count: Tensor, decay: float, finite: Tensor) -> None:
-    """average <- e average + (1 - e) new with e = min(1 - 1/count, decay), in place; count includes `new`.
+def update_averages(
+    averages: Sequence[Tensor], new: Sequence[Tensor], counts: Sequence[Tensor], decay: float, finite: Tensor
+) -> None:
+    """average <- e average + (1 - e) new with e = min(1 - 1/count, decay), in place; a count includes its `new`.
 
     The first values are a plain mean, so that no zero start has to be corrected for (arXiv 1503.05671, section 5).
-    Where `finite` is False the average stays as it was.
+    Where `finite` is False the averages stay as they were.
     """
-    keep = (1 - 1 / count.clamp_min(1)).clamp_max(decay).to(average.dtype)
-    if finite.device.type != "cpu":
-        average.copy_(torch.where(finite, torch.lerp(new, average, keep), average))
-    elif not seen_broken(finite):
-        average.lerp_(new, 1 - keep)
+    if seen_broken(finite):
+        return
+    on_host = finite.device.type == "cpu"
+    shares = (
+        [_share(count, decay) for count in counts] if on_host else _share(torch.stack(list(counts)), decay).unbind()
+    )
+    for average, own, share in zip(averages, new, shares, strict=True):
+        average.lerp_(own if on_host else torch.where(finite, own, average), share.to(average.dtype))
+
+
+def _share(count: Tensor, decay: float) -> Tensor:
+    """What the new value counts for, 1 - e."""
+    return 1 - (1 - 1 / count.clamp_min(1)).clamp_max(decay)

@@ -75,8 +75,8 @@ class TwoLevelMethod(KroneckerMethod):
         if not self._sums:
             self._sums = {"a": torch.zeros_like(sum_a), "g": torch.zeros_like(new_g), "count": torch.zeros_like(count)}
         self._sums["count"] += finite
-        for name, new in (("a", sum_a / count), ("g", new_g)):
-            factors.update_average(self._sums[name], new, self._sums["count"], curvature.stat_decay, finite)
+        averages, counts = [self._sums["a"], self._sums["g"]], [self._sums["count"]] * 2
+        factors.update_averages(averages, [sum_a / count, new_g], counts, curvature.stat_decay, finite)
 
     def directions(self, curvature: Curvature, blocks: list[Block], gradients: list[Tensor]) -> list[Tensor]:
         solution = super().directions(curvature, blocks, gradients)
