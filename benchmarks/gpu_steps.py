@@ -84,7 +84,7 @@ class Run:
             self.optimizer.phase = self.stopwatch
         self.milliseconds: list[float] = []
         self.phases: list[dict[str, float]] = []
-        self._steps()
+        self._steps(self.length)
         memory.pause()
         self.mib = memory.mib - held
 
@@ -92,15 +92,15 @@ class Run:
         """One cycle, measured."""
         before = self.stopwatch.seconds()
         start = time.perf_counter()
-        self._steps()
+        self._steps(self.length)
         spent = time.perf_counter() - start
         after = self.stopwatch.seconds()
         self.milliseconds.append(1e3 * spent / self.length)
         self.phases.append({name: 1e3 * (after[name] - before[name]) / self.length for name in PHASES})
 
-    def _steps(self) -> None:
-        """The training loop's own step, as often as a cycle is long."""
-        for _ in range(self.length):
+    def _steps(self, count: int) -> None:
+        """So many of the training loop's own steps."""
+        for _ in range(count):
             with self.stopwatch("forward_backward"):
                 self.optimizer.zero_grad()
                 with self.autocast:
@@ -112,13 +112,13 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def profile(self) -> str:
-        """The dearest operations of a cycle."""
+    def profile(self, count: int) -> str:
+        """The dearest operations of the first steps of a cycle: with new statistics and new inverses once."""
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=kinds) as profiled:
-            self._steps()
+            self._steps(count)
         key = f"self_{self.device.type}_time_total"
         return profiled.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60)
 
@@ -138,7 +138,7 @@ def measure(network: str, options: argparse.Namespace, device: torch.device) -> 
             run.turn()
     if options.profile:
         for optimizer, run in runs.items():
-            print(f"{network} {optimizer}\n{run.profile()}", flush=True)
+            print(f"{network} {optimizer}\n{run.profile(options.intervals[0])}", flush=True)
     rows = [row(network, optimizer, run, runs.get("sgd"), options) for optimizer, run in runs.items()]
     return rows + [{"network": network, "optimizer": optimizer, "failed": why} for optimizer, why in failed.items()]
 
@@ -195,7 +195,7 @@ def options_of(words: Sequence[str] | None) -> argparse.Namespace:
         "compile": "torch.compile the network",
         "channels-last": "memory layout of images",
         "deterministic": "kernels that repeat to the bit",
-        "profile": "print the dearest operations of a cycle",
+        "profile": "print the dearest operations of the steps up to the second statistics",
     }.items():
         parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     parser.add_argument("--name", default="gpu_steps", help="of the file of results (default gpu_steps)")

@@ -30,6 +30,7 @@ from .layers import Block
 from .linalg import diagonal
 from .method import Method
 from .options import value_at
+from .parts import worth_joining
 from .precision import rounded_products
 from .rows import row_products
 from .state import BlockState, LayerCurvature
@@ -233,8 +234,7 @@ class Curvature:
     def _renew(self, overrides: dict[Block, tuple[Any, float]]) -> None:
         """The damping and the preconditioners of all layers, from the present averages."""
         self._climb()
-        traces = [(diagonal(s.A).sum(-1) * diagonal(s.G).sum(-1)).sum() for s in self.states.values()]
-        self.mean_curvature = torch.stack(traces).sum() / sum(math.prod(block.shape) for block in self.states)
+        self.mean_curvature = self._trace() / sum(math.prod(block.shape) for block in self.states)
         if self.damping is None:
             relative = value_at(self.relative_damping, self.step) * self.mean_curvature
             self.base_damping = torch.where(relative > 0, relative, 1.0)  # without any curvature: plain gradients
@@ -242,21 +242,33 @@ class Curvature:
             self.base_damping = torch.full_like(self.mean_curvature, value_at(self.damping, self.step))
         if self.trust is not None:
             self.base_damping = self.base_damping * self.trust
-        failed = []
         for block, state in self.states.items():
             own, l2 = overrides.get(block, (None, 0.0))
             damping = self.base_damping
             if own is not None:
                 damping = torch.full_like(damping, value_at(own, self.step))
                 damping = damping if self.trust is None else damping * self.trust
-            self.dampings[block] = damping = damping + l2
-            failed.append(self.method.refresh(block, state, damping))
+            self.dampings[block] = damping + l2 if l2 else damping
             state.age = 0
-        failures = torch.stack(failed)
+        dampings = [self.dampings[block] for block in self.states]
+        failures = torch.stack(self.method.refresh(list(self.states), list(self.states.values()), dampings))
         self.stats["failed_inverses"] = failures.sum()
         self._failures = (list(self.states), Later(failures))
         self._climb()
         self._inverses_at = self.step
+
+    def _trace(self) -> Tensor:
+        """Of the curvature of all layers."""
+        traces, single = [], []
+        for block, state in self.states.items():
+            if worth_joining(state.A.device) and (block.unit or block.shape[0] == 1):
+                single += [diagonal(state.A)[:1], diagonal(state.G)]
+            else:
+                traces.append((diagonal(state.A).sum(-1) * diagonal(state.G).sum(-1)).sum())
+        if single:  # of diagonals that are not negative the sums are norms, all of which are one call
+            norms = torch._foreach_norm(single, 1)
+            traces.append((torch.stack(norms[::2]) * torch.stack(norms[1::2])).sum())
+        return torch.stack(traces).sum()
 
     def _climb(self) -> None:
         """Learn, without waiting, which inverses failed last time: they are named once and may need float64."""

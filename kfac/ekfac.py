@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -38,7 +38,12 @@ class KroneckerEigenMethod(Method):
         self.scale_interval, self.dtype = scale_interval, dtype_of(preconditioning_dtype)
         self._scales_at = -1
 
-    def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
+    def refresh(
+        self, blocks: Sequence[Block], states: Sequence[BlockState], dampings: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return [self._renew(state, damping) for state, damping in zip(states, dampings, strict=True)]
+
+    def _renew(self, state: BlockState, damping: Tensor) -> Tensor:
         scales, old = state.solver.get("scales"), bases_of(state)
         failed = decompose(state, damping)
         if scales is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .later import seen_broken
+from .parts import worth_joining
 
 
 def update_averages(
@@ -23,14 +24,15 @@ def update_averages(
     The first values are a plain mean, so that no zero start has to be corrected for (arXiv 1503.05671, section 5).
     Where `finite` is False the averages stay as they were.
     """
-    if seen_broken(finite):
+    if worth_joining(finite.device):
+        shares: Sequence[Tensor] = _share(torch.stack(list(counts)), decay).unbind()
+        new = [torch.where(finite, own, average) for average, own in zip(averages, new, strict=True)]
+    elif seen_broken(finite):
         return
-    on_host = finite.device.type == "cpu"
-    shares = (
-        [_share(count, decay) for count in counts] if on_host else _share(torch.stack(list(counts)), decay).unbind()
-    )
+    else:
+        shares = [_share(count, decay) for count in counts]
     for average, own, share in zip(averages, new, shares, strict=True):
-        average.lerp_(own if on_host else torch.where(finite, own, average), share.to(average.dtype))
+        average.lerp_(own, share.to(average.dtype))
 
 
 def _share(count: Tensor, decay: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -53,11 +54,14 @@ class TwoLevelMethod(KroneckerMethod):
         self._fixed: tuple[list[Block], coarse.Spaces, list[Tensor], list[Tensor]] | None = None
         self._rows: dict[Block, coarse.Preconditioned] = {}  # krylov: the rows with the preconditioner applied
 
-    def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
-        failed = super().refresh(block, state, damping)
+    def refresh(
+        self, blocks: Sequence[Block], states: Sequence[BlockState], dampings: Sequence[Tensor]
+    ) -> list[Tensor]:
+        failed = super().refresh(blocks, states, dampings)
         self._rows = {}
         if self.coarse_space == "spectral":
-            state.solver["leading"] = coarse.leading_eigenvectors(state.A, state.G, *bases_of(state))
+            for state in states:
+                state.solver["leading"] = coarse.leading_eigenvectors(state.A, state.G, *bases_of(state))
             self._fixed = None
         return failed
 

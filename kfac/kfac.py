@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Unpack
 
 import torch
@@ -13,6 +14,7 @@ from .layers import Block
 from .method import Method
 from .optimizer import KroneckerOptimizer
 from .options import Options, check_names, check_options, dtype_of
+from .parts import worth_joining
 from .state import BlockState
 
 INVERSES = ("inverse_a", "inverse_g")
@@ -30,10 +32,17 @@ class KroneckerMethod(Method):
         self.solver, self.dtype = solver, dtype_of(preconditioning_dtype)
         self.solves_with = INVERSES if solver == "cholesky" else (*BASES, "values")
 
-    def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
-        return (
-            invert(state, damping, block.unit, self.dtype) if self.solver == "cholesky" else decompose(state, damping)
-        )
+    def refresh(
+        self, blocks: Sequence[Block], states: Sequence[BlockState], dampings: Sequence[Tensor]
+    ) -> list[Tensor]:
+        if self.solver != "cholesky":
+            return [decompose(state, damping) for state, damping in zip(states, dampings, strict=True)]
+        failed: dict[int, Tensor] = {}
+        for places in alike(blocks, states):
+            own = [states[i] for i in places]
+            found = invert(own, [dampings[i] for i in places], blocks[places[0]].unit, self.dtype)
+            failed |= zip(places, found, strict=True)
+        return [failed[i] for i in range(len(blocks))]
 
     def solve(self, block: Block, state: BlockState, matrix: Tensor) -> Tensor:
         if self.solver == "cholesky":
@@ -66,32 +75,64 @@ class KFAC(KroneckerOptimizer):
 
 
 FLOAT64_RUNG = 2  # failures of a block before its inverse is tried in float64
+LARGEST = 1024  # side of a layer up to which inverses of several layers are made in one call
 
 
-def invert(state: BlockState, damping: Tensor, unit: bool, dtype: torch.dtype | None) -> Tensor:
-    """Damped inverses of both factors into `state.solver`; returns 1 where that failed.
+def alike(blocks: Sequence[Block], states: Sequence[BlockState]) -> list[list[int]]:
+    """The places of blocks that are inverted together: where that is faster, those of one shape."""
+    groups: dict[object, list[int]] = {}
+    for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        together = worth_joining(state.A.device) and max(block.shape[1:]) <= LARGEST
+        shapes = (block.unit, state.A.shape[1:], state.G.shape[1:])
+        where = (state.A.dtype, state.A.device, state.rung >= FLOAT64_RUNG, bool(state.solver))
+        groups.setdefault((*shapes, *where) if together else i, []).append(i)
+    return list(groups.values())
+
+
+def invert(
+    states: Sequence[BlockState], dampings: Sequence[Tensor], unit: bool, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Damped inverses of both factors of layers of one shape into `state.solver`; returns 1 for each that failed.
 
     A failure keeps the last inverses. The next try has ten times the damping, one after two failures float64 too; a
     success takes a tenth of a power of ten back. In a `unit` block A is the number 1 and G has all of the damping.
     """
-    raised = damping * 10 ** state.jitter.ceil()
-    if unit:
-        state.damping_a, state.damping_g = torch.zeros_like(state.pi), raised.expand_as(state.pi)
-    else:
-        state.pi = linalg.balance(state.A, state.G)
-        state.damping_a, state.damping_g = state.pi * raised.sqrt(), raised.sqrt() / state.pi
-    exact = torch.float64 if state.rung >= FLOAT64_RUNG and state.A.device.type != "mps" else state.A.dtype
-    inverse_a, good_a = linalg.damped_inverse(state.A.to(exact), state.damping_a.to(exact))
-    inverse_g, good_g = linalg.damped_inverse(state.G.to(exact), state.damping_g.to(exact))
-    inverse_a, inverse_g = inverse_a.to(state.A.dtype), inverse_g.to(state.G.dtype)
-    good = good_a & good_g
-    last = state.solver or {"inverse_a": _identity(state.A), "inverse_g": _identity(state.G)}
-    state.solver = {
-        "inverse_a": _stored(select(good, inverse_a, last["inverse_a"].to(inverse_a.dtype)), dtype),
-        "inverse_g": _stored(select(good, inverse_g, last["inverse_g"].to(inverse_g.dtype)), dtype),
-    }
-    state.jitter = torch.where(good, (state.jitter - 0.1).clamp_min(0), state.jitter.ceil() + 1)
-    return 1.0 - good.to(state.A.dtype)
+    lengths = [len(state.pi) for state in states]
+    a, g = _cat([state.A for state in states]), _cat([state.G for state in states])
+    jitter = torch.stack([state.jitter for state in states])
+    raised = _for_each(torch.stack(list(dampings)) * 10 ** jitter.ceil(), lengths)
+    pi = torch.ones_like(raised) if unit else linalg.balance(a, g)
+    damping_a = torch.zeros_like(raised) if unit else pi * raised.sqrt()
+    damping_g = raised if unit else raised.sqrt() / pi
+    exact = torch.float64 if states[0].rung >= FLOAT64_RUNG and a.device.type != "mps" else a.dtype
+    inverse_a, good_a = linalg.damped_inverse(a.to(exact), damping_a.to(exact))
+    inverse_g, good_g = linalg.damped_inverse(g.to(exact), damping_g.to(exact))
+    good = torch.stack([one.all() for one in (good_a & good_g).split(lengths)])
+    for name, factor, inverse in (("inverse_a", a, inverse_a.to(a.dtype)), ("inverse_g", g, inverse_g.to(g.dtype))):
+        known = name in states[0].solver
+        last = _cat([state.solver[name] for state in states]).to(a.dtype) if known else _identity(factor)
+        if len(states) == 1:
+            chosen = select(good[0], inverse, last)
+        else:
+            chosen = torch.where(_for_each(good, lengths).reshape(-1, *[1] * (inverse.dim() - 1)), inverse, last)
+        for state, own in zip(states, _stored(chosen, dtype).split(lengths), strict=True):
+            state.solver[name] = own
+    jitter = torch.where(good, (jitter - 0.1).clamp_min(0), jitter.ceil() + 1)
+    columns = (pi.split(lengths), damping_a.split(lengths), damping_g.split(lengths), jitter.unbind())
+    for state, own_pi, own_a, own_g, own_jitter in zip(states, *columns, strict=True):
+        state.pi, state.damping_a, state.damping_g, state.jitter = own_pi, own_a, own_g, own_jitter
+    return list((1.0 - good.to(a.dtype)).unbind())
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _for_each(numbers: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A number for each of some layers [L] as one for each of their K."""
+    if all(k == 1 for k in lengths):
+        return numbers
+    return torch.cat([number.expand(k) for number, k in zip(numbers.unbind(), lengths, strict=True)])
 
 
 def _stored(inverse: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -109,7 +109,8 @@ class Block:
     @property
     def dtype(self) -> torch.dtype:
         """Of rows, factors and solves: the parameters' own, or float32 where that is a half precision."""
-        return torch.promote_types(self.parameters[0].dtype, torch.float32)
+        own = self.parameters[0].dtype
+        return own if own in (torch.float32, torch.float64) else torch.promote_types(own, torch.float32)
 
     def _filled(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         pairs = zip(tensors, self.parameters, strict=True)
@@ -130,7 +131,7 @@ class MatrixBlock(Block):
     @property
     def shape(self) -> tuple[int, int, int]:
         weight = self.parameters[0]
-        return self.groups, weight.shape[0] // self.groups, weight[0].numel() + self.has_bias
+        return self.groups, weight.shape[0] // self.groups, weight.shape[1:].numel() + self.has_bias
 
     def matrix(self, tensors: Sequence[Tensor | None]) -> Tensor:
         weight, *bias = self._filled(tensors)

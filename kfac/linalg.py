@@ -46,30 +46,30 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         damping: [K].
 
     Returns:
-        the inverse, shaped as `matrix`, and a 0-dimensional bool; where it is False the inverse is not to be used.
+        the inverse, shaped as `matrix`, and a bool for each of the K; where it is False the inverse is not to be used.
     """
     if matrix.dim() == 2:
         inverse = 1 / (matrix + damping[:, None])
-        return inverse, inverse.isfinite().all() & (inverse > 0).all()
+        return inverse, inverse.isfinite().all(-1) & (inverse > 0).all(-1)
     inverse = matrix.clone()
     inverse.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
     if inverse.device.type == "cpu" and inverse.shape[-1] > WHOLE:
-        good = torch.stack([_invert_by_quarters(one) for one in inverse]).all()
+        good = torch.stack([_invert_by_quarters(one) for one in inverse])
     else:
         good = _invert(inverse)
-    return inverse, good & inverse.diagonal(dim1=-2, dim2=-1).sum().isfinite()
+    return inverse, good & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
 
 
 def _invert(matrix: Tensor) -> Tensor:
-    """Put the inverse of a positive definite matrix, of which the lower triangle is read, in its place.
+    """Put the inverse of positive definite matrices [..., d, d], whose lower triangle is read, in their place.
 
-    Returns whether all pivots were positive, a 0-dimensional bool.
+    Returns whether all pivots were positive, [...].
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     # What is left of a failed factor may be singular, at which `cholesky_inverse` raises.
     factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0)[..., None], 1.0)
     matrix.copy_(torch.cholesky_inverse(factor))
-    return (info == 0).all()
+    return info == 0
 
 
 WHOLE = 128  # size up to which LAPACK inverts a matrix on a CPU; beyond, products of its quarters are faster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,10 @@ class Method:
     dtype: torch.dtype | None = None  # of the products that precondition, None for the parameters' own
     solves_with: tuple[str, ...] = ()  # the tensors of `BlockState.solver` that `solve` reads, [K, ...] each
 
-    def refresh(self, block: Block, state: BlockState, damping: Tensor) -> Tensor:
-        """Renew `state.solver` from the averages; returns 1 where that failed, else 0 (0-dimensional)."""
+    def refresh(
+        self, blocks: Sequence[Block], states: Sequence[BlockState], dampings: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Renew each `state.solver` from the averages; returns 1 where that failed, else 0 (0-dimensional)."""
         raise NotImplementedError
 
     def solve(self, block: Block, state: BlockState, matrix: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from .layers import Block
 
+ONE_BY_ONE = {"cpu"}  # devices on which many small operations are as good as few large ones
+
 
 def worth_joining(device: torch.device) -> bool:
     """Whether few large operations are better there than many small ones."""
-    return device.type != "cpu"
+    return device.type not in ONE_BY_ONE
 
 
 class Parts:

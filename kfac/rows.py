@@ -338,6 +338,9 @@ def row_products(
         return torch.stack(columns, dim=-1).reshape(-1, len(directions))
     k, n, t, d_in = a.shape
     m, count = g.shape[1], len(directions)
+    if t == d_in == 1:  # the gradients of an example are its g, of all K side by side
+        flat = torch.stack([direction.reshape(-1) for direction in directions])
+        return (g * a[:, None]).permute(1, 2, 0, 3, 4).reshape(m * n, -1) @ flat.T
     if m * (t + count) * d_in < t * count * (d_in + m):
         # Fewer products by the gradients of each example, sum_t g a^T, than by the directions' outputs V a.
         flat = torch.stack([direction.reshape(-1) for direction in directions])

@@ -89,7 +89,7 @@ class FixedRule:
         along = [quadratic.dot(direction, buffer) for direction, buffer in zip(directions, buffers, strict=True)]
         form = problem.first_order.clone()
         for product, group in zip(along, groups, strict=True):
-            form = form + group["lr"] ** 2 * product.abs()
+            form = form + group["lr"] ** 2 * product
         factor = torch.ones_like(form)
         if self.kl_clip is not None:
             factor = clip.kl_factor(form, self.kl_clip)

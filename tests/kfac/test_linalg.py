@@ -26,7 +26,7 @@ def test_a_damped_inverse_is_that_of_the_lower_triangle(count, d):
     lower = matrix.tril() + torch.full_like(matrix, 7.0).triu(1)
     inverse, good = linalg.damped_inverse(lower, damping)
     expected = torch.linalg.inv(matrix + damping[:, None, None] * torch.eye(d, dtype=torch.float64))
-    assert good
+    assert good.shape == (count,) and good.all()
     torch.testing.assert_close(inverse, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 

