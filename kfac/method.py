@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .batches import Batch, Batches
 from .layers import Block
 from .parts import worth_joining
 from .rows import Rows
+from .stacks import Stack, Stacks
 from .state import BlockState
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 class Method:
     """Base of the preconditioners: `refresh` and `solve`, and `directions` where layers are not solved one by one."""
 
-    def __init__(self) -> None:
-        self.batches = Batches()
-
     name: str  # as states and messages have it
     keeps_rows = False  # whether rows of a statistics step are needed for more than the factors
     least_momentum = 0.3  # of the self-tuning rule: 0.4 and more is faster without noise, and stays high with it
     dtype: torch.dtype | None = None  # of the products that precondition, None for the parameters' own
     solves_with: tuple[str, ...] = ()  # the tensors of `BlockState.solver` that `solve` reads, [K, ...] each
+
+    def __init__(self) -> None:
+        self.stacks = Stacks()
 
     def refresh(
         self, blocks: Sequence[Block], states: Sequence[BlockState], dampings: Sequence[Tensor]
@@ -44,17 +44,17 @@ class Method:
         """The preconditioner times the gradients of some blocks."""
         found: dict[Block, Tensor] = {}
         given = dict(zip(blocks, gradients, strict=True))
-        for batch in self._batches(curvature, gradients):
-            if all(block in given for block in batch.blocks):
-                solved = self.solve(batch.blocks[0], batch.state, torch.cat([given[block] for block in batch.blocks]))
-                found |= zip(batch.blocks, solved.split(batch.lengths), strict=True)
+        for stack in self._stacks(curvature, gradients):
+            if all(block in given for block in stack.blocks):
+                solved = self.solve(stack.blocks[0], stack.state, torch.cat([given[block] for block in stack.blocks]))
+                found |= zip(stack.blocks, solved.split(stack.lengths), strict=True)
         return [found[b] if b in found else self.solve(b, curvature.states[b], g) for b, g in given.items()]
 
-    def _batches(self, curvature: Curvature, gradients: list[Tensor]) -> list[Batch]:
+    def _stacks(self, curvature: Curvature, gradients: list[Tensor]) -> list[Stack]:
         """Layers that are solved in one call, where that is faster."""
         if not gradients or not worth_joining(gradients[0].device):
             return []
-        return self.batches.of(curvature.states, self.solves_with)
+        return self.stacks.of(curvature.states, self.solves_with)
 
     def after_statistics(self, curvature: Curvature, rows: list[Rows], finite: Tensor) -> None:
         """Called with the rows of a statistics step and their weights, once the preconditioners are renewed."""

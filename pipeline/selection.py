@@ -3,15 +3,16 @@
 The one idea: a trial is judged as the benchmark judges a run. The sooner it reached the hard target, in seconds on the
 training clock, the better; where none did, the easy one decides, then the best validation loss, then the order of
 trials, so that a tie is the shipped setting's. A trial that diverged is a miss, whatever it had reached. Test data are
-never looked at. With several seeds a trial counts by the median over them, in which a miss is infinitely late.
+never looked at. With several seeds a trial that more of them brought to the target is better, however long it took, and
+then the median counts: a setting that some seeds do not bear is no setting.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean, median_high
 from typing import Any
 
 from pipeline.config import TARGETS
@@ -30,25 +31,26 @@ class Judged:
     diverged: bool
     trained: float  # seconds on the training clock
     edge: tuple[str, ...] = ()
+    missed: dict[str, float] = field(default_factory=dict)  # the share of its seeds that did not get to a target
 
 
 def judged(values: Values, runs: Sequence[Run], edge: Sequence[str] = ()) -> Judged:
     """What the runs of a trial, one a seed, come to; no runs: a trial that has no record, a miss."""
     summaries = [run.summary for run in runs]
 
-    def median(key: str, target: str) -> float:
-        found = [_until(summary, key, target) for summary in summaries]
-        return statistics.median_high(found) if found else math.inf
+    def times(key: str, target: str) -> list[float]:
+        return [_until(summary, key, target) for summary in summaries] or [math.inf]
 
     losses = [_number(summary["best_validation_loss"]) for summary in summaries]
     return Judged(
         values=dict(values),
-        seconds={target: median("seconds", target) for target in TARGETS},
-        steps={target: median("step", target) for target in TARGETS},
-        best_loss=statistics.median_high(losses) if losses else math.inf,
+        seconds={target: median_high(times("seconds", target)) for target in TARGETS},
+        steps={target: median_high(times("step", target)) for target in TARGETS},
+        best_loss=median_high(losses) if losses else math.inf,
         diverged=any(summary["status"] == "diverged" for summary in summaries),
         trained=max((float(summary["training_seconds"]) for summary in summaries), default=0.0),
         edge=tuple(edge),
+        missed={target: fmean(map(math.isinf, times("step", target))) for target in TARGETS},
     )
 
 
@@ -67,7 +69,9 @@ def best(trials: Sequence[Judged]) -> int:
 
     def order(place: int) -> tuple[float, ...]:
         trial = trials[place]
-        late = [math.inf if trial.diverged else trial.seconds[target] for target in targets]
+        late: list[float] = []
+        for target in targets:
+            late += (math.inf, math.inf) if trial.diverged else (trial.missed.get(target, 0), trial.seconds[target])
         return (*late, math.inf if trial.diverged else trial.best_loss, place)
 
     return min(range(len(trials)), key=order)

@@ -114,7 +114,7 @@ def test_layers_of_one_shape_are_solved_together_and_share_their_memory(joined: 
     for _ in range(2):
         truth.step(used, problem)
     states = used._curvature.states
-    found = [[block.name for block in batch.blocks] for batch in used._curvature.method.batches.of(states, INVERSES)]
+    found = [[block.name for block in stack.blocks] for stack in used._curvature.method.stacks.of(states, INVERSES)]
     assert sorted(map(sorted, found)) == [["inner.0", "inner.1", "inner.2"], ["norms.0", "norms.1", "norms.2"]]
     for name in INVERSES:
         where = {states[block].solver[name].untyped_storage().data_ptr() for block in states if block.name in found[0]}

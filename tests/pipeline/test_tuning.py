@@ -203,6 +203,18 @@ def test_a_run_that_diverged_after_the_target_is_a_miss_and_so_is_a_trial_withou
     assert nothing.seconds["easy"] == math.inf and nothing.best_loss == math.inf and not nothing.diverged
 
 
+def test_a_setting_that_some_seeds_do_not_bear_is_behind_a_slower_one_that_all_do() -> None:
+    def run(step: int | None) -> records.Run:
+        summary = {"status": "finished", "best_validation_loss": 0.5, "training_seconds": 3.0}
+        for target in ("easy", "hard"):
+            summary |= {f"{target}_reached": step is not None, f"{target}_step": step, f"{target}_seconds": step}
+        return records.Run(Path(), {}, {}, [], [], summary)
+
+    quick, sure, none = ([run(step) for step in steps] for steps in ((10, 10, None), (30, 30, 30), (None, None, None)))
+    assert selection.best([selection.judged({}, runs) for runs in ([], none, quick, sure)]) == 3
+    assert selection.best([selection.judged({}, runs) for runs in ([], none, quick)]) == 2
+
+
 @pytest.mark.parametrize(
     ("value", "edge"),
     [(0.001, "lr: low"), (0.0015, "lr: low"), (0.1, None), (0.9, "lr: high"), (2.5, "lr: high"), (0.0001, "lr: low")],

@@ -1,4 +1,4 @@
-"""Layers of one shape as one: their K add up, so that a solve is a batched product instead of one for each layer."""
+"""Layers of one shape as one: their K add up, so that one batched product solves for all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .state import BlockState
 
 
 @dataclass
-class Batch:
+class Stack:
     """Some layers of one shape, and a state that has the tensors of all of theirs."""
 
     blocks: list[Block]
@@ -24,21 +24,21 @@ class Batch:
         return [block.shape[0] for block in self.blocks]
 
 
-class Batches:
-    """Made again when a layer has new tensors; the layers' own are then views of the batch's, which hold no memory."""
+class Stacks:
+    """Made again when a layer has new tensors; the layers' own are then views of the stack's, which hold no memory."""
 
     def __init__(self) -> None:
-        self._batches: list[Batch] = []
+        self._stacks: list[Stack] = []
         self._held: list[object] = []
 
-    def of(self, states: Mapping[Block, BlockState], names: Sequence[str]) -> list[Batch]:
-        """The batches of two layers and more, by the tensors of these names in their solvers."""
+    def of(self, states: Mapping[Block, BlockState], names: Sequence[str]) -> list[Stack]:
+        """The stacks of two layers and more, by the tensors of these names in their solvers."""
         if not self._hold(states, names):
-            self._batches = []  # frees what the layers have given up
+            self._stacks = []  # frees what the layers have given up
             for blocks in _of_one_shape(states, names):
-                self._batches.append(Batch(blocks, _joined([states[block] for block in blocks], names)))
+                self._stacks.append(Stack(blocks, _joined([states[block] for block in blocks], names)))
             self._held = _tensors(states, names)
-        return self._batches
+        return self._stacks
 
     def _hold(self, states: Mapping[Block, BlockState], names: Sequence[str]) -> bool:
         now = _tensors(states, names)
