@@ -349,8 +349,25 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
     with _named(archive), tarfile.open(archive, "r|*") as tar:
         for member in tar:
-            if tarfile.data_filter(member, ".").isfile():
+            if _within(member).isfile():
                 yield member.name, partial(content, tar, member)
+
+
+class _OutsideError(tarfile.TarError):
+    """A member that is no file or folder within the archive."""
+
+
+_FILTER_ERROR: type[tarfile.TarError] = getattr(tarfile, "FilterError", _OutsideError)
+
+
+def _within(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """A member that lies within the archive, by `tarfile.data_filter`; Python before 3.11.4 has no such filter."""
+    if hasattr(tarfile, "data_filter"):
+        return tarfile.data_filter(member, ".")
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+        raise _OutsideError(f"{member.name!r} is no file within the archive")
+    return member
 
 
 @contextmanager
@@ -358,7 +375,7 @@ def _named(archive: Path) -> Iterator[None]:
     """What is wrong with an archive, in one line with its name."""
     try:
         yield
-    except tarfile.FilterError as error:
+    except _FILTER_ERROR as error:
         raise ConfigError(f"{archive}: is refused: {_reason(error)}; expected files within the archive only") from None
     except _CUT_OFF as error:
         raise ConfigError(f"{archive}: is corrupt or cut off: {_reason(error)}") from None

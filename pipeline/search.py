@@ -130,10 +130,17 @@ def points(
     dimensions: Sequence[Dimension], shipped: Values, trials: int, purpose: str, *, grid: bool = False
 ) -> list[Values]:
     """So many settings of the dimensions' fields, the shipped one first; `purpose` seeds all that is random."""
-    others = trials - 1
-    shares = _grid(dimensions, others, purpose) if grid else _sobol(len(dimensions), others, purpose)
     first = {dimension.field: shipped[dimension.field] for dimension in dimensions}
-    return [first] + [{d.field: d.at(share) for d, share in zip(dimensions, row, strict=True)} for row in shares]
+
+    def made(count: int) -> list[Values]:
+        shares = _grid(dimensions, count, purpose) if grid else _sobol(len(dimensions), count, purpose)
+        settings = [{d.field: d.at(share) for d, share in zip(dimensions, row, strict=True)} for row in shares]
+        return [setting for setting in settings if setting != first]
+
+    others = made(trials - 1)
+    if len(others) < trials - 1 and not grid:  # an earlier tuning chose a point of this sequence: the next one instead
+        others = made(trials)
+    return [first, *others]
 
 
 def _sobol(dimensions: int, count: int, purpose: str) -> list[list[float]]:
