@@ -36,6 +36,7 @@ FROM_BENCHMARK = (
     "batch_size",
     "warmup",
     "schedule",
+    "evaluate_every",
 )  # options of the loop that an optimizer may leave to the benchmark
 
 
@@ -147,7 +148,6 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
         **loop,
         steps=task["steps"],
         seconds=task["seconds"],
-        evaluate_every=task["evaluate_every"],
         target_metric=task["target"]["metric"],
         targets={name: task["target"][name] for name in TARGETS},
         averaging=training.get("averaging"),

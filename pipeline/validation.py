@@ -133,6 +133,7 @@ TRAINING: dict[str, Rule] = {
     "averaging": Optional(FRACTION),
     "warmup": Optional(NATURAL),
     "schedule": Optional(SCHEDULE),
+    "evaluate_every": Optional(COUNT),
 }
 TOP: dict[str, Rule] = {
     "study": Text("the name of a study"),

@@ -37,7 +37,7 @@ def test_every_optimizer_lists_the_same_options_of_the_training_loop(tmp_path: P
     params = composed(tmp_path, "optimizer=[" + ",".join(available("optimizer")) + "]")
     assert set(params.optimizers) == set(available("optimizer"))
     options = {tuple(sorted(fields["training"])) for fields in params.optimizers.values()}
-    assert options == {("averaging", "batch_size", "schedule", "warmup")}
+    assert options == {("averaging", "batch_size", "evaluate_every", "schedule", "warmup")}
 
 
 @pytest.mark.parametrize("benchmark", available("benchmark"))

@@ -223,11 +223,13 @@ def test_a_mapping_by_benchmark_resolves_to_the_benchmarks_entry_or_the_default(
     values = changed(values, "optimizer.sgd.training.averaging", {"default": None, "toy_mlp": 0.9})
     growth = {"from": 8, "to": 64, "over_epochs": 2}
     values = changed(values, "optimizer.sgd.training.batch_size", {"default": None, "toy_mlp": growth})
+    values = changed(values, "optimizer.sgd.training.evaluate_every", {"default": None, "toy_mlp": 20})
     params = view(values)
     toy, digits = resolve(params, "toy_mlp", "sgd"), resolve(params, "digits_cnn", "sgd")
     assert (toy.options["lr"], toy.averaging, toy.batch_size) == (0.2, 0.9, growth)
     assert (digits.options["lr"], digits.averaging) == (0.1, None)
     assert digits.batch_size == params.benchmarks["digits_cnn"]["batch_size"]
+    assert (toy.evaluate_every, digits.evaluate_every) == (20, params.benchmarks["digits_cnn"]["evaluate_every"])
     assert toy.as_dict()["options"]["lr"] == 0.2
     assert "_target_" not in toy.options
     assert "training" not in toy.options
