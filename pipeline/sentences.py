@@ -40,6 +40,7 @@ def comparison(
     benchmarks: Sequence[str],
     seeds: int,
     misses: tuple[int, int],
+    undecided: int,
     pairs: int,
     ratio: Interval | None,
     p_holm: float | None,
@@ -50,6 +51,8 @@ def comparison(
     Arguments:
         seeds: pairs on each benchmark (the fewest).
         misses: of the optimizer and of the reference, of all ``pairs``.
+        undecided: pairs in which one missed, but was given up before the other arrived. Such a pair is as good as a
+            tie, of which the ratio is no bound.
         ratio: time of the reference over time of the optimizer.
         p_holm: corrected over so many ``tests``; None without a verdict.
     """
@@ -69,11 +72,15 @@ def comparison(
     ]
     if p_holm is not None:
         facts.append(f"p {_p(p_holm)} after Holm over {_counted(tests, 'test')}")
-    verb = "reaches" if misses[0] < pairs else "does not reach"
-    amount = f"{_bound(misses)}{_times(1 / ratio.estimate)} {other}'s {clock}"
-    claim = f"{mine} {verb} {where} in {amount}{'' if one else ', in geometric mean'} ({', '.join(facts)})"
+    if undecided:
+        facts.insert(-1 if p_holm is not None else len(facts), f"{_counted(undecided, 'pair')} undecided")
+    bound = _bound(misses)
+    amount = f"{'' if undecided else bound}{_times(1 / ratio.estimate)} {other}'s {clock}"
+    does = f"reaches {where} in" if misses[0] < pairs else f"does not reach {where} within the budget:"
+    claim = f"{mine} {does} {amount}{'' if one else ', in geometric mean'} ({', '.join(facts)})"
     if p_holm is not None:
-        return f"{claim}." if p_holm <= SIGNIFICANT else f"{claim}: no difference shown."
+        against = {"at most ": ratio.estimate < 1, "at least ": ratio.estimate > 1}.get(bound, False)
+        return f"{claim}." if p_holm <= SIGNIFICANT and not against else f"{claim}: no difference shown."
     if seeds < POOLED:
         return f"No verdict: {_counted(seeds, 'seed')}. {claim}."
     return f"{claim}: no verdict on one benchmark below {ONE_BENCHMARK} seeds."
@@ -122,7 +129,7 @@ def _times(share: float) -> str:
 
 
 def _bound(misses: tuple[int, int]) -> str:
-    """With misses of one side only, the ratio is a bound."""
+    """With misses of one side only, the ratio is a bound: a difference to the other side of it is not shown."""
     mine, other = misses
     return "at least " if mine and not other else "at most " if other and not mine else ""
 

@@ -306,6 +306,12 @@ def log_ratio(time: Time, reference: Time) -> float:
     return min(0.0, ratio) if reference.reached else 0.0
 
 
+def undecided(time: Time, reference: Time) -> bool:
+    """Whether one of the two is a miss that was given up before the other arrived."""
+    missed, reached = (time, reference) if reference.reached else (reference, time)
+    return reached.reached and not missed.reached and missed.value < reached.value
+
+
 def faster(time: Time, reference: Time) -> float:
     """1 where ``time`` is the shorter, 0 where it is the longer, one half for a tie. A miss is longer than any time up
     to its end; beyond that, as between two misses, nothing is known, which counts as a tie."""

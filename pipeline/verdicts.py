@@ -295,6 +295,7 @@ def _sentence(found: Comparison, races: Sequence[_Race], tests: int) -> str:
         benchmarks=list(strata),
         seeds=min(map(len, strata.values())),
         misses=(sum(not mine.reached for mine, _ in pairs), sum(not other.reached for _, other in pairs)),
+        undecided=sum(statistics.undecided(*pair) for pair in pairs),
         pairs=len(pairs),
         ratio=found.ratio,
         p_holm=found.p_holm,

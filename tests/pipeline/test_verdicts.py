@@ -159,7 +159,25 @@ def test_times_beyond_the_seconds_of_a_miss_are_not_claimed_to_be_earlier() -> N
     assert comparison(found, "kfac", "adam").faster == 1.0
     seconds = comparison(found, "kfac", "adam", clock="seconds")
     assert seconds.faster == 0.5 and seconds.p == 1.0
+    assert "in 1 times Adam's seconds" in seconds.sentence and "10 pairs undecided" in seconds.sentence
+    assert seconds.sentence.endswith(": no difference shown.")
     assert outcome(found, "kfac", clock="seconds").horizon == pytest.approx(3.0)
+
+
+def test_a_bound_shows_no_difference_to_its_other_side() -> None:
+    # K-FAC is slower in nine pairs; how much faster it is in the tenth, where Adam misses, nobody knows.
+    found = judged({"adam": [*[100] * 9, None], "kfac": [*[200] * 9, 290]})
+    against = comparison(found, "kfac", "adam")
+    assert against.p is not None and against.p_holm is not None and against.p_holm < 0.05
+    assert "in at most 1.8" in against.sentence and against.sentence.endswith(": no difference shown.")
+    mirrored = comparison(judged({"kfac": [*[100] * 9, None], "adam": [*[200] * 9, 290]}), "kfac", "adam")
+    assert "in at least 0.5" in mirrored.sentence and mirrored.sentence.endswith(": no difference shown.")
+
+
+def test_an_optimizer_that_never_arrives_does_not_reach_it_in_so_many_steps() -> None:
+    found = judged({"adam": [100] * 10, "kfac": [None] * 10})
+    sentence = comparison(found, "kfac", "adam").sentence
+    assert "does not reach the hard target of toy_mlp within the budget: at least 3 times Adam's steps" in sentence
 
 
 def test_where_both_miss_everywhere_the_sentence_says_neither() -> None:
@@ -264,6 +282,7 @@ def test_a_share_below_one_is_a_part_and_above_one_a_multiple(ratio: float, word
         benchmarks=["digits_cnn"],
         seeds=10,
         misses=(0, 0),
+        undecided=0,
         pairs=10,
         ratio=Interval(ratio, ratio / 2, ratio * 2, 0.95, "BCa", 10),
         p_holm=0.0001,
