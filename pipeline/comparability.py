@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.checks import ConfigError, show
 from pipeline.records import Run
 
-FROM_ENVIRONMENT = ("device_name", "cores", "torch", "cuda")
+FROM_ENVIRONMENT = ("device_name", "cores", "torch", "cuda", "pytorch-optimizer")  # the last: SOAP and Shampoo
 FROM_CONFIG = ("precision", "threads", "compile", "channels_last", "deterministic", "protocol")
 
 

@@ -76,5 +76,5 @@ def _question(config: Mapping[str, Any]) -> str:
     return (
         f"Which optimizer brings the {metric} of {config['benchmark']} to the target first, in steps and in seconds?"
         f" **Targets:** {targets}. **Protocol{version}:** at a seed the same weights and batches for all,"
-        f" {config['steps']} steps{seconds}, evaluated every {config['evaluate_every']}."
+        f" {config['steps']} steps{seconds}."
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from pipeline import charts, curves, looks, provenance, statistics, tables
+from pipeline import charts, curves, looks, provenance, records, statistics, tables
 from pipeline.config import TARGETS
 from pipeline.curves import Study
 from pipeline.evidence import Evidence
@@ -27,7 +27,9 @@ from pipeline.tables import DASH, Table, number, plural
 from pipeline.verdicts import ALL, CLOCKS, Outcome, Verdicts
 
 TEMPLATES = Path(__file__).parent / "templates"
-_LOOP = ("batch_size", "averaging", "warmup", "schedule")  # settings of an optimizer's training beside its own
+# Settings of an optimizer's training beside its own.
+_LOOP = ("batch_size", "averaging", "warmup", "schedule", "evaluate_every")
+CURVATURE_COLUMNS = ("benchmark", "optimizer", "seed", *records.CURVATURE_COLUMNS)
 _COSTS = {"milliseconds_per_step_median": 3, "step_time_ratio_to_sgd": 2, "peak_memory_mib_median": 3}  # and digits
 _RATIOS = ("steps", "cost", "seconds")
 
@@ -416,6 +418,14 @@ def _link(report: Report, run: Run) -> str:
 def run_rows(study: Study) -> Iterator[dict[str, Any]]:
     """``runs.csv``: one row a run."""
     return (_run(run) for run in _runs(study))
+
+
+def curvature_rows(study: Study) -> Iterator[dict[str, Any]]:
+    """``curvature.csv``: one row a diagnostic of a run, as its own ``curvature.csv`` has it."""
+    for run in _runs(study):
+        pair = (run.config["benchmark"], run.config["optimizer"], run.summary["seed"])
+        for row in run.curvature:
+            yield dict(zip(CURVATURE_COLUMNS, pair, strict=False)) | row
 
 
 # ---------------------------------------------------------------- words

@@ -34,11 +34,13 @@ _TEXT_COLUMNS = frozenset({"benchmark", "optimizer", "target_metric", "notes"})
 # ---------------------------------------------------------------- CSV
 
 
-def write(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """CSV; floats to full precision, ``inf`` for what was not reached or did not finish, empty for not measured."""
+def write(rows: Iterable[Mapping[str, Any]], path: Path, columns: Sequence[str] = ()) -> None:
+    """CSV; floats to full precision, ``inf`` for what was not reached or did not finish, empty for not measured.
+
+    The columns are those of the first row, or ``columns`` where there may be none."""
     lines = list(rows)
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=columns or list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
 

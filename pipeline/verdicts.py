@@ -22,6 +22,7 @@ FILE = "verdicts.json"
 CLOCKS = ("steps", "seconds")
 """Optimizer steps, and seconds of training."""
 HEADLINE = "hard"
+INTERVAL = ("estimate", "low", "high", "method")
 ALL = "all"
 """In the place of a benchmark: pairs of all benchmarks pooled."""
 REFERENCES: dict[str, tuple[str, ...] | None] = {"sgd": None, "adam": None, "kfac": ("ekfac", "gkfac")}
@@ -69,6 +70,12 @@ class Comparison:
     p: float | None
     p_holm: float | None
     sentence: str
+
+
+COMPARISON_COLUMNS = (
+    *("benchmark", "target", "clock", "optimizer", "reference", "pairs", *(f"ratio_{name}" for name in INTERVAL)),
+    *("faster", "p", "p_holm", "sentence"),
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,14 @@ def judge(study: Study, params: Params) -> Verdicts:
 
 def write(found: Verdicts, path: Path) -> None:
     path.write_text(json.dumps(asdict(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def comparison_rows(found: Verdicts) -> Iterator[dict[str, Any]]:
+    """``comparisons.csv``: a row a comparison, its interval in columns of their own."""
+    for each in found.comparisons:
+        row = asdict(each)
+        ratio = row.pop("ratio") or {}
+        yield row | {f"ratio_{name}": ratio.get(name) for name in INTERVAL}
 
 
 def read_sentences(path: Path) -> list[str]:

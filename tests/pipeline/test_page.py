@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
 import json
 import re
@@ -224,6 +225,18 @@ def test_the_files_beside_it_hold_what_the_page_shows(report: Path) -> None:
     assert curves[0] == "benchmark,optimizer,quantity,clock,at,median,low,high,seeds,confidence"
     assert {tuple(line.split(",")[:2]) for line in curves[1:]} == {(b, o) for b in BENCHMARKS for o in OPTIMIZERS}
     assert any(",inf," in line for line in curves if line.startswith("toy_mlp,kfac"))
+    judged = json.loads((report / "verdicts.json").read_text())["comparisons"]
+    with (report / "comparisons.csv").open() as file:
+        comparisons = list(csv.DictReader(file))
+    assert [row["sentence"] for row in comparisons] == [each["sentence"] for each in judged]
+    assert [float(row["ratio_low"]) for row in comparisons if row["ratio_low"]] == [
+        each["ratio"]["low"] for each in judged if each["ratio"]
+    ]
+    with (report / "curvature.csv").open() as file:
+        diagnostics = list(csv.DictReader(file))
+    assert {(row["benchmark"], row["seed"]) for row in diagnostics} == {
+        (benchmark, str(seed)) for benchmark in BENCHMARKS for seed in synthetic.SEEDS
+    }
 
 
 @pytest.fixture(scope="module")

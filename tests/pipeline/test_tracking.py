@@ -153,7 +153,7 @@ def test_an_experiment_says_the_question_the_targets_and_the_protocol(root: Path
     train(root, chosen("kfac"), "kfac")
     words = client(root).get_experiment_by_name(BENCHMARK).tags["mlflow.note.content"]
     assert f"Which optimizer brings the training loss of {BENCHMARK} to the target first" in words
-    assert "0.3 (hard), 0.4 (easy)" in words and "**Protocol" in words and "400 steps, evaluated every 10" in words
+    assert "0.3 (hard), 0.4 (easy)" in words and "**Protocol" in words and "400 steps" in words
 
 
 def test_curvature_of_the_model_has_no_section_and_of_a_layer_its_own(root: Path) -> None:
