@@ -35,6 +35,7 @@ TYPICAL = 50.0  # steps of the reference's median run
 OF_SEED, OF_RUN = 0.15, 0.2  # standard deviations of the logarithm
 EVERY = 5.0  # steps between evaluations, in `grid`
 MISSED = 0.2  # of the reference's runs, in `censored`
+POOLED = (0.5, 1.0, 1.3, 2.5)  # how many times as fast an optimizer is on each of several benchmarks
 OPPONENTS = 6  # of the reference, so tests in a family
 FASTER = 1.3  # how many times as fast the better ones are
 NEVER = 10**9
@@ -108,6 +109,51 @@ def intervals(case: str, seeds: int, repetitions: int) -> list[dict[str, Any]]:
     ]
 
 
+def shares(times: list[Time], reference: list[Time]) -> list[float]:
+    """What each seed adds to the area of the optimizer's profile, of two optimizers on one benchmark."""
+    pairs = zip(times, reference, strict=True)
+    return [statistics.profile_area(statistics.slowdowns({"own": a, "reference": b})["own"]) for a, b in pairs]
+
+
+def pooled(case: str, seeds: int, repetitions: int) -> list[dict[str, Any]]:
+    """How often the intervals over several benchmarks, on which the optimizer is ahead and behind by other factors,
+    hold the ratio and the area of the profile: by the method that so many seeds get."""
+    generator = np.random.default_rng(number(0, f"truth pooled {case}"))
+    large = [draw(generator, 400_000, [factor, 1.0], case) for factor in POOLED]
+    generator = np.random.default_rng(number(seeds, f"pooled {case}"))
+    measured = []
+    for quantity, values, interval_of in (
+        ("pooled ratio", log_ratios, statistics.ratio_interval),
+        ("area of a profile", shares, statistics.mean_interval),
+    ):
+        true = float(np.mean([np.mean(values(*pair)) for pair in large]))
+        true = math.exp(true) if values is log_ratios else true
+        method, above, below = "", 0, 0
+        for _ in range(repetitions):
+            found = interval_of([values(*draw(generator, seeds, [factor, 1.0], case)) for factor in POOLED])
+            assert found is not None
+            method = found.method
+            above += true < found.low * (1 - 1e-9)
+            below += true > found.high * (1 + 1e-9)
+        measured.append(
+            {
+                "quantity": quantity,
+                "case": case,
+                "seeds": seeds,
+                "benchmarks": len(POOLED),
+                "factors": list(POOLED),
+                "method": method,
+                "used": True,
+                "truth": true,
+                "repetitions": repetitions,
+                "coverage": 1 - (above + below) / repetitions,
+                "above": above / repetitions,
+                "below": below / repetitions,
+            }
+        )
+    return measured
+
+
 # ---------------------------------------------------------------- tests
 
 
@@ -158,7 +204,7 @@ def rows(parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     for row in measured:
         if row.get("used"):
             line = {"what": f"interval of the {row['quantity']}, {row['method']}", "times": row["case"]}
-            line |= {"seeds": row["seeds"], "benchmarks": 1}
+            line |= {"seeds": row["seeds"], "benchmarks": row.get("benchmarks", 1)}
             found.append({**line, "promised": f"{statistics.LEVEL:g}", "measured": row["coverage"]})
     for row in measured:
         if "family_error" in row:
@@ -176,6 +222,8 @@ def parts() -> Iterator[tuple[str, Callable[[int], list[dict[str, Any]]]]]:
     for case in CASES:
         for seeds in SEEDS:
             yield f"intervals {case} {seeds}", lambda n, case=case, seeds=seeds: intervals(case, seeds, n)
+        for seeds in (5, 10):
+            yield f"pooled {case} {seeds}", lambda n, case=case, seeds=seeds: pooled(case, seeds, n)
         for benchmarks, seeds in ((1, 8), (1, 10), (1, 20), (4, 5), (2, 5)):
             yield (
                 f"tests {case} {benchmarks}x{seeds}",
