@@ -20,6 +20,7 @@ CASES: list[tuple[dict[str, Any], tuple[int, ...], int]] = [
     (MLP, (7,), 3),
     (MLP, (1, 2, 3), 2),
     ({**MLP, "depth": 1}, (7,), 3),
+    ({**MLP, "depth": 64, "activation": "relu", "batch_norm": True}, (7,), 3),
     ({**MLP, "width": [9, 8, 7], "batch_norm": True}, (7,), 3),
     (AUTOENCODER, (64,), 64),
     (AUTOENCODER, (1, 8, 8), 64),

@@ -129,7 +129,7 @@ def test_a_deep_teacher_with_batch_norm_tells_inputs_apart(activation: str) -> N
     stream = torch.Generator().manual_seed(0)
     sample = toy.white(2000, 6, stream)
     teacher = toy.Teacher(
-        sample, 3, depth=32, width=20, activation=activation, batch_norm=True, scale=2.0, stream=stream
+        sample, 3, depth=64, width=20, activation=activation, batch_norm=True, scale=2.0, stream=stream
     )
     hidden = toy.white(2000, 6, stream)
     for weight, shift in zip(teacher.weights[:-1], teacher.shifts, strict=True):
