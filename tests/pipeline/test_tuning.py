@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_a_shipped_setting_that_is_a_point_of_the_sequence_is_trained_once() -> 
         assert [point for point in before[1:] if point != chosen] == again[1:7]
 
 
+@pytest.mark.parametrize("dimensions", [[LR], [LR, MOMENTUM], [LR, BETAS]])
+def test_a_shipped_setting_that_is_a_node_of_the_grid_is_trained_once_and_costs_no_trial(
+    dimensions: list[Dimension],
+) -> None:
+    for chosen in points(dimensions, SHIPPED, 8, "grid", grid=True)[1:]:
+        again = points(dimensions, chosen, 8, "grid", grid=True)
+        assert again[0] == chosen and len({json.dumps(point) for point in again}) == 8
+
+
 @pytest.mark.parametrize("dimension", [LR, MOMENTUM])
 def test_a_sobol_sequence_has_a_point_in_every_slice_of_a_range_on_its_own_scale(dimension: Dimension) -> None:
     values = [setting[dimension.field] for setting in points([dimension], SHIPPED, 9, "slices")[1:]]
@@ -87,8 +97,9 @@ def test_a_grid_has_both_ends_and_even_levels_and_whole_grids_are_whole() -> Non
     whole = points([LR, MOMENTUM], SHIPPED, 7, "grid", grid=True)[1:]
     expected = itertools.product([0.001, 0.0316, 1.0], [0.8, 1.0])
     assert [(setting["lr"], setting["momentum"]) for setting in whole] == list(expected)
-    with pytest.raises(ConfigError, match=r"trials: 5 are more than the 4 points of the grid"):
-        points([BETAS], SHIPPED, 5, "grid", grid=True)
+    assert len(points([BETAS], SHIPPED, 3, "grid", grid=True)) == 3
+    with pytest.raises(ConfigError, match=r"trials: 4 are more than the 3 points of the space"):
+        points([BETAS], SHIPPED, 4, "grid", grid=True)
 
 
 def test_what_is_marked_with_a_number_of_trials_joins_from_there() -> None:
@@ -344,17 +355,29 @@ def test_evidence_has_what_the_choice_was_made_from(
     )
 
 
-def test_after_the_choice_was_written_trial_1_is_still_what_was_shipped_before(
-    tuned: dict[trials.Pair, list[trials.Trial]],
-) -> None:
-    of = tuned["toy_linear", "sgd"]
-    written = Choice(("toy_linear",), ("sgd",), 2, (1000,), settings=("optimizer.sgd.lr=1.5",))
-    earlier = {"chosen": {"lr": 1.5}, "trials": [{"values": {"lr": 0.04}}, {"values": {"lr": 1.5}}]}
-    [again] = all_trials(written, {("toy_linear", "sgd"): earlier}).values()
-    assert again[0].values == of[0].values == {"lr": 0.04}
-    assert again[0].shipped == {"lr": 1.5}
-    [afresh] = all_trials(written, {}).values()
-    assert afresh[0].values == {"lr": 1.5}
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("won", range(4))
+def test_after_the_choice_was_written_the_same_command_has_the_same_trials(grid: bool, won: int) -> None:
+    choice = Choice(("toy_linear",), ("sgd",), 4, (1000,), grid=grid)
+    pair, before = ("toy_linear", "sgd"), [trial.values for trial in all_trials(choice, {})["toy_linear", "sgd"]]
+    earlier = {pair: {"chosen": before[won], "trials": [{"values": values} for values in before]}}
+    written = replace(choice, settings=(f"optimizer.sgd.lr={before[won]['lr']}",))
+    again = all_trials(written, earlier)[pair]
+    assert [trial.values for trial in again] == before
+    assert all(trial.shipped == before[won] for trial in again)
+    assert all_trials(written, {})[pair][0].values == before[won]
+    for other in (replace(written, grid=not grid), replace(written, trials=2)):  # what was chosen is never left out
+        assert before[won] in [trial.values for trial in all_trials(other, earlier)[pair]]
+
+
+def test_the_trials_of_the_committed_evidence_are_what_its_command_asks_for_today() -> None:
+    found = tuning_evidence.read()
+    benchmarks, optimizers = (tuple(dict.fromkeys(names)) for names in zip(*found, strict=True))
+    for count, kind in {(len(each["trials"]), each["points"]) for each in found.values()}:
+        asked = all_trials(Choice(benchmarks, optimizers, count, (1000,), grid=kind == "grid"), found)
+        for pair, each in found.items():
+            if (len(each["trials"]), each["points"]) == (count, kind):
+                assert [trial.values for trial in asked[pair]] == [trial["values"] for trial in each["trials"]], pair
 
 
 def test_the_page_has_the_tables_between_its_marks_and_keeps_the_rest(
