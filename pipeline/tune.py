@@ -283,7 +283,8 @@ def _seconds(benchmark: str, trials: Sequence[Trial]) -> float | None:
 
 def _table(counts: Sequence[tuple[int, int, int, list[int]]], complete: Mapping[Pair, Evidence | None]) -> list[str]:
     """A line a pair: trials asked, found at the start and at the end, how often each was queued; what was chosen."""
-    from pipeline.tuning_evidence import text, winner
+    from pipeline.evidence import winner
+    from pipeline.tuning_evidence import text
 
     rows: list[tuple[str, ...]] = [COLUMNS]
     for (asked, found, there, times), (pair, evidence) in zip(counts, complete.items(), strict=True):
@@ -321,7 +322,7 @@ def _write(asked: Asked, complete: Mapping[Pair, Evidence]) -> None:
 def widen(asked: Asked, before: Mapping[Pair, Evidence], *, dry: bool) -> bool:
     """Widen the ranges at whose edge the last tuning of these pairs ended; whether there was any."""
     from pipeline import settings
-    from pipeline.tuning_evidence import winner
+    from pipeline.evidence import winner
 
     any_changed = False
     for (benchmark, optimizer), of in asked.items():

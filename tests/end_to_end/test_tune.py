@@ -175,8 +175,8 @@ def test_a_trial_that_fails_is_named_and_its_pair_is_not_judged(workspace: Works
     assert evidence(workspace, "kfac")["won_by_first"]
     workspace.run(*TUNE, "--optimizers", "sgd", "--trials", "1", "--accept-missing")
     assert evidence(workspace, "sgd")["trials"] == [
-        {"values": {"lr": 0.04}, "seconds_to_target": None, "steps_to_target": None, "best_loss": None,
-         "diverged": False, "edge": []}
+        {"values": {"lr": 0.04}, "missed": {"easy": 1, "hard": 1}, "seconds_to_target": None, "steps_to_target": None,
+         "best_loss": None, "diverged": False, "edge": []}
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 from synthetic_records import write_study
 
-from pipeline import records, selection, settings, trials, tune, tuning_evidence
+from pipeline import evidence, records, selection, settings, trials, tune, tuning_evidence
 from pipeline.checks import ConfigError
 from pipeline.composition import compose
 from pipeline.config import load, resolve
@@ -203,7 +203,7 @@ def a_trial(
 def test_the_quickest_to_the_hard_target_wins_then_the_easy_one_then_the_loss(
     of: list[Judged], won: int, target: str | None
 ) -> None:
-    assert (selection.best(of), selection.target(of)) == (won, target)
+    assert (selection.ranked(of)[0], selection.target(of)) == (won, target)
 
 
 def test_a_run_that_diverged_after_the_target_is_a_miss_and_so_is_a_trial_without_a_record() -> None:
@@ -222,16 +222,22 @@ def test_a_run_that_diverged_after_the_target_is_a_miss_and_so_is_a_trial_withou
     assert nothing.seconds["easy"] == math.inf and nothing.best_loss == math.inf and not nothing.diverged
 
 
-def test_a_setting_that_some_seeds_do_not_bear_is_behind_a_slower_one_that_all_do() -> None:
-    def run(step: int | None) -> records.Run:
-        summary = {"status": "finished", "best_validation_loss": 0.5, "training_seconds": 3.0}
-        for target in ("easy", "hard"):
-            summary |= {f"{target}_reached": step is not None, f"{target}_step": step, f"{target}_seconds": step}
-        return records.Run(Path(), {}, {}, [], [], summary)
+def a_run(step: int | None, status: str = "finished") -> records.Run:
+    """A seed that reached both targets at this step, a second each, or none."""
+    summary: dict[str, Any] = {"status": status, "best_validation_loss": 0.5, "training_seconds": 90.0}
+    for target in ("easy", "hard"):
+        summary |= {f"{target}_reached": step is not None, f"{target}_step": step, f"{target}_seconds": step}
+    return records.Run(Path(), {}, {}, [], [], summary)
 
-    quick, sure, none = ([run(step) for step in steps] for steps in ((10, 10, None), (30, 30, 30), (None, None, None)))
-    assert selection.best([selection.judged({}, runs) for runs in ([], none, quick, sure)]) == 3
-    assert selection.best([selection.judged({}, runs) for runs in ([], none, quick)]) == 2
+
+QUICK, SURE, NONE = ([a_run(step) for step in steps] for steps in ((10, 10, None), (30, 30, 30), (None, None, None)))
+BLOWN = [a_run(5), a_run(5), a_run(None, "diverged")]
+
+
+def test_a_setting_that_some_seeds_do_not_bear_is_behind_a_slower_one_that_all_do() -> None:
+    of = [selection.judged({}, runs) for runs in ([], NONE, QUICK, SURE, BLOWN)]
+    assert selection.ranked(of) == [3, 2, 1, 0, 4]
+    assert selection.ranked(of[:3])[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -252,17 +258,19 @@ def test_choices_have_no_edge() -> None:
         [a_trial(3.0), a_trial(1.0), a_trial(2.0), a_trial(7.5), a_trial(2.0)],
         [a_trial(3.0), a_trial(), a_trial(2.0), a_trial(1.0, diverged=True)],
         [a_trial(easy=4.0), a_trial(easy=1.5), a_trial()],
+        [selection.judged({}, runs) for runs in (QUICK, SURE, NONE, BLOWN)],
     ],
 )
-def test_the_budget_curve_is_the_mean_over_all_draws_without_repetition(of: list[Judged]) -> None:
-    target = selection.target(of)
+def test_the_budget_curve_is_the_mean_of_what_is_chosen_of_all_draws_without_repetition(of: list[Judged]) -> None:
+    target, longest = selection.target(of), max(trial.trained for trial in of)
     assert target is not None
-    times = [9.0 if t.diverged or math.isinf(t.seconds[target]) else t.seconds[target] for t in of]  # 9 s: they trained
     for point in selection.budget_curve(of):
-        draws = list(itertools.combinations(times, point["trials"]))
-        assert point["expected"] == pytest.approx(statistics.fmean(map(min, draws)))
-        assert point["reached"] == pytest.approx(statistics.fmean(min(draw) < 9.0 for draw in draws))
-    assert selection.budget_curve(of)[-1]["expected"] == min(times)
+        draws = itertools.combinations(of, point["trials"])
+        chosen = [draw[selection.ranked(draw)[0]] for draw in draws]
+        hits = [not t.diverged and math.isfinite(t.seconds[target]) for t in chosen]
+        times = [t.seconds[target] if hit else longest for t, hit in zip(chosen, hits, strict=True)]
+        assert point["expected"] == pytest.approx(statistics.fmean(times))
+        assert point["reached"] == pytest.approx(statistics.fmean(hits))
 
 
 def test_without_a_trial_that_reached_a_target_there_is_nothing_to_expect() -> None:
@@ -353,6 +361,43 @@ def test_evidence_has_what_the_choice_was_made_from(
         an_evidence(of, {**found, "ranges": {**found["ranges"], "max_decrease": [0.2, 1.0]}})["trials_before_widening"]
         == 2
     )
+
+
+def followed(found: dict[str, Any]) -> dict[str, Any]:
+    """What the rules of docs/tuning.md choose, from the file alone."""
+
+    def order(place: int) -> tuple[float, ...]:
+        trial = found["trials"][place]
+        late: list[float] = []
+        for target in ("hard", "easy"):
+            seconds = trial["seconds_to_target"] if target == found["target"] else None
+            late += [trial["missed"][target], math.inf if seconds is None else seconds]
+        return (trial["diverged"], *late, math.inf if trial["best_loss"] is None else trial["best_loss"], place)
+
+    return found["trials"][min(range(len(found["trials"])), key=order)]["values"]
+
+
+def test_the_choice_follows_from_the_file_also_where_a_quicker_trial_lost_a_seed(
+    tuned: dict[trials.Pair, list[trials.Trial]],
+) -> None:
+    choice = Choice(("toy_linear",), ("kfac",), 2, (1000, 1001, 1002))
+    first, second = tuned["toy_linear", "kfac"]
+    for runs, won in (([QUICK, SURE], second), ([QUICK, NONE], first), ([BLOWN, QUICK], second), ([[], BLOWN], first)):
+        found = tuning_evidence.evidence(choice, [first, second], runs, None)
+        assert found["chosen"] == followed(found) == won.values
+        assert found["budget_curve"][-1]["expected"] == evidence.winner(found)["seconds_to_target"]
+    found = tuning_evidence.evidence(choice, [first, second], [BLOWN, QUICK], None)
+    assert [trial["missed"]["hard"] for trial in found["trials"]] == [1, 1]
+    assert evidence.reached(found) == 1 and "| kfac | 2 | 1 | 1 | hard | 10 (10) |" in "\n".join(
+        tuning_evidence.tables([found])
+    )
+
+
+@pytest.mark.parametrize("pair", tuning_evidence.read(), ids="-".join)
+def test_the_committed_choice_follows_from_its_file(pair: trials.Pair) -> None:
+    found = tuning_evidence.read()[pair]
+    assert found["chosen"] == followed(found)
+    assert found["budget_curve"][-1]["expected"] == evidence.winner(found)["seconds_to_target"]
 
 
 @pytest.mark.parametrize("grid", [False, True])
