@@ -264,7 +264,7 @@ def _show_plan(asked: Asked, engine: str, workers: int) -> None:
 
 
 def _seconds(benchmark: str, trials: Sequence[Trial]) -> float | None:
-    """What a trial of a pair takes: by its own records, those of others on the benchmark, or the budget."""
+    """What a trial of a pair takes, all its seeds: by its own records, others' on the benchmark, or the budget."""
     from pipeline.composition import ROOT
     from pipeline.records import read_run
 
@@ -278,7 +278,8 @@ def _seconds(benchmark: str, trials: Sequence[Trial]) -> float | None:
                 taken.append(sum(summary[f"{part}_seconds"] or 0.0 for part in ("training", "evaluation")))
         if taken:
             return seeds * statistics.median(taken)
-    return trials[0].run.seconds
+    budget = trials[0].run.seconds
+    return None if budget is None else seeds * budget
 
 
 def _table(counts: Sequence[tuple[int, int, int, list[int]]], complete: Mapping[Pair, Evidence | None]) -> list[str]:

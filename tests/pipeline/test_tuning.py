@@ -455,6 +455,15 @@ def test_evidence_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         tuning_evidence.read(tmp_path)
 
 
+@pytest.mark.parametrize(("budget", "seconds"), [(10.0, 30.0), (None, None)])
+def test_without_records_a_trial_is_estimated_by_the_budget_of_all_its_seeds(
+    budget: float | None, seconds: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [[trial]] = all_trials(Choice(("toy_linear",), ("sgd",), 1, (1000, 1001, 1002)), {}).values()
+    monkeypatch.setattr("pipeline.composition.ROOT", tmp_path)
+    assert tune._seconds("toy_linear", [replace(trial, run=replace(trial.run, seconds=budget))]) == seconds
+
+
 # ---------------------------------------------------------------- settings
 
 
