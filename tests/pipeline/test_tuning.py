@@ -9,13 +9,14 @@ import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 from synthetic_records import write_study
 
-from pipeline import evidence, records, selection, settings, trials, tune, tuning_evidence
+from pipeline import evidence, ray_engine, records, selection, settings, trials, tune, tuning_evidence
 from pipeline.checks import ConfigError
 from pipeline.composition import compose
 from pipeline.config import load, resolve
@@ -462,6 +463,61 @@ def test_without_records_a_trial_is_estimated_by_the_budget_of_all_its_seeds(
     [[trial]] = all_trials(Choice(("toy_linear",), ("sgd",), 1, (1000, 1001, 1002)), {}).values()
     monkeypatch.setattr("pipeline.composition.ROOT", tmp_path)
     assert tune._seconds("toy_linear", [replace(trial, run=replace(trial.run, seconds=budget))]) == seconds
+
+
+class FakeRay:
+    """Ray as far as the engine calls it: a task brings `files`, but for the first times that `lost` has of it."""
+
+    class exceptions:
+        RayError, RayTaskError = OSError, RuntimeError
+
+    def __init__(self, files: dict[str, dict[str, bytes]], lost: dict[str, int]) -> None:
+        self.files, self.lost, self.given = files, lost, itertools.count()
+
+    def remote(self, **options: Any) -> Any:
+        return lambda function: SimpleNamespace(
+            options=lambda name: SimpleNamespace(remote=lambda *_: self._give(name))
+        )
+
+    def _give(self, name: str) -> tuple[str, int]:
+        return name, next(self.given)
+
+    def wait(self, tasks: list[Any]) -> Any:
+        return tasks[:1], tasks[1:]
+
+    def get(self, task: tuple[str, int]) -> dict[str, bytes]:
+        if self.lost[task[0]]:
+            self.lost[task[0]] -= 1
+            raise OSError("the worker died")
+        return self.files[task[0]]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {}
+
+    def shutdown(self) -> None: ...
+
+
+def test_with_ray_a_trial_without_records_is_asked_for_again_three_times_at_most(
+    tuned: dict[trials.Pair, list[trials.Trial]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = [*tuned["toy_linear", "sgd"], tuned["toy_linear", "kfac"][0]]
+    files = {
+        trial.name: {
+            f"toy_linear/{trial.optimizer}/seed-1000/{path.name}": path.read_bytes()
+            for path in (trial.folder / "seed-1000").iterdir()
+        }
+        for trial in of
+    }
+    for trial in of:
+        shutil.rmtree(trial.folder)
+    ray = FakeRay(files, dict(zip(files, (0, 1, 9), strict=True)))
+    monkeypatch.setattr(ray_engine, "_connect", lambda workers: ray)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "elsewhere")  # the nodes' runs are there already
+    over: list[trials.Trial] = []
+    asked = ray_engine.train(of, 1, over.append)
+    assert [asked[trial.name] for trial in of] == [1, 2, 3] and over == of[:2]
+    assert [trial.records() is not None for trial in of] == [True, True, False]
+    assert capsys.readouterr().err.count("the worker died") == 1 + 3
 
 
 # ---------------------------------------------------------------- settings
