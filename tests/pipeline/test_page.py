@@ -209,6 +209,8 @@ def test_tuning_reconstructions_and_provenance_are_there(page: Page, report: Pat
     assert page.rows("optimizer", "trials", "reached", "diverged", "best, seconds") == [
         ["kfac", "4", "3", "1", "1.25", "no", "lr 0.7", "lr", "2026-11-26"]
     ]
+    assert "chosen by the share of its seeds that reach the benchmark's hard target" in page.text
+    assert "test data never" in page.text and "chosen on validation data" not in page.text
     images = [str(attributes["src"]) for tag, attributes in page.elements if tag == "img"]
     assert images == [f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"]
     assert page.rows("data", "train / validation / test") == [["toy_mlp", "4711 / 12 / 13", "0123456789ab"]]
