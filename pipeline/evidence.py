@@ -42,6 +42,16 @@ def read(root: Path, benchmarks: Iterable[str], optimizers: Iterable[str]) -> Ev
     )
 
 
+def winner(tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """The trial that was chosen, in the file of a pair's trials."""
+    return next(trial for trial in tuned["trials"] if trial["values"] == tuned["chosen"])
+
+
+def reached(tuned: Mapping[str, Any]) -> int:
+    """How many trials reached the target, by the median of their seeds; one that diverged is a miss."""
+    return sum(trial["seconds_to_target"] is not None and not trial["diverged"] for trial in tuned["trials"])
+
+
 def _read(path: Path, keys: Iterable[str]) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline import charts, curves, looks, provenance, records, statistics, tables
 from pipeline.config import TARGETS
 from pipeline.curves import Study
-from pipeline.evidence import Evidence
+from pipeline.evidence import Evidence, reached, winner
 from pipeline.records import Run
 from pipeline.tables import DASH, Table, number, plural
 from pipeline.verdicts import ALL, CLOCKS, Outcome, Verdicts
@@ -363,17 +363,16 @@ def _tuned(benchmark: str, tuned: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     lines = []
     for name in statistics.ordered(tuned):
         found = tuned[name]
-        times = [trial["seconds_to_target"] for trial in found["trials"] if trial["seconds_to_target"] is not None]
-        winners = [trial for trial in found["trials"] if trial["values"] == found["chosen"]]
+        won = winner(found)
         lines.append({
             "optimizer": name,
             "trials": len(found["trials"]),
-            "reached": len(times),
+            "reached": reached(found),
             "diverged": sum(bool(trial["diverged"]) for trial in found["trials"]),
-            "best": min(times, default=None),
-            "chosen": ", ".join(f"{key} {_value(value)}" for key, value in (found["chosen"] or {}).items()),
+            "best": won["seconds_to_target"],
+            "chosen": ", ".join(f"{key} {_value(value)}" for key, value in found["chosen"].items()),
             "won_by_first": found["won_by_first"],
-            "edges": ", ".join(sorted({str(edge) for trial in winners for edge in trial["edge"]})),
+            "edges": ", ".join(won["edge"]),
             "date": found["date"],
         })  # fmt: skip
     return {"benchmark": benchmark, "chart": f"tuning-{benchmark}", "lines": lines}

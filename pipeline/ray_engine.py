@@ -1,9 +1,10 @@
 """Trains the trials of a tuning on a Ray cluster: one task a trial, with its share of a GPU.
 
 The one idea: a task is the pipeline's own stages in a folder of its node, data then `train`, and its records come back
-as files. Ray places, retries and moves them. A task whose worker dies is given again, and on the same node its
-training goes on from its checkpoint. RAY_ADDRESS names a cluster (`auto`: the one that this machine belongs to), on
-whose nodes Python has the packages of requirements.lock; without it Ray starts on this machine.
+as files. Ray places and moves them. A task that brings none, because its worker died or its training failed, is given
+again, and on the same node its training goes on from its checkpoint. RAY_ADDRESS names a cluster (`auto`: the one that
+this machine belongs to), on whose nodes Python has the packages of requirements.lock; without it Ray starts on this
+machine.
 
 What a node keeps (downloads, checkpoints, an MLflow store if MLFLOW_TRACKING_URI names none) lies below a folder
 `kfac-bench` of its place for temporary files.
@@ -27,7 +28,7 @@ from pipeline.composition import ROOT, compose
 from pipeline.trials import Trial
 
 SECONDS = 8.0  # that a trial takes besides its training: starting processes, making its data
-RETRIES = 3  # of a task whose worker died
+TIMES = 3  # that a trial is asked for at most
 NOT_SENT = (".git", ".dvc", ".venv", "data", "results", "trials", "raw", "checkpoints", "mlartifacts", "mlflow.db*",
             "report", "tuning", "docs", "tests")  # fmt: skip
 
@@ -35,23 +36,31 @@ NOT_SENT = (".git", ".dvc", ".venv", "data", "results", "trials", "raw", "checkp
 def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None], gpu_share: float = 1.0) -> Counter[str]:
     """Train these, and tell `over` of each that has records; how often each was asked for, by name.
 
-    `workers` is their number on this machine; a cluster has as many as it has room for. A trial whose training fails is
-    left without records. Raises ConfigError where Ray is not installed or its cluster does not answer.
+    `workers` is their number on this machine; a cluster has as many as it has room for. A trial that fails again and
+    again is left without records. Raises ConfigError where Ray is not installed or its cluster does not answer.
     """
     ray = _connect(workers)
     asked: Counter[str] = Counter()
     try:
         gpus = gpu_share if trials[0].run.device != "cpu" and ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_train)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_train)  # Ray would not count its own
         waiting = {}
-        for trial in trials:
+
+        def ask(trial: Trial) -> None:
             stage = "prepare" if "source" in trial.run.data else "toy"
             words = (trial.benchmark, trial.optimizer, trial.key, stage, _params(trial), _variables(trial))
             waiting[task.options(name=trial.name).remote(*words)] = trial
             asked[trial.name] += 1
+
+        for trial in trials:
+            ask(trial)
         while waiting:
             [done], _ = ray.wait(list(waiting))
-            _take(ray, done, waiting.pop(done), over)
+            trial = waiting.pop(done)
+            if _take(ray, done, trial):
+                over(trial)
+            elif asked[trial.name] < TIMES:
+                ask(trial)
     finally:
         ray.shutdown()
     return asked
@@ -109,8 +118,8 @@ def _train(
     return files
 
 
-def _take(ray: Any, done: Any, trial: Trial, over: Callable[[Trial], None]) -> None:
-    """Keep the records of a task that is over, and show them in the MLflow store of this machine."""
+def _take(ray: Any, done: Any, trial: Trial) -> bool:
+    """Keep the records of a task that is over, and show them in this machine's MLflow store; whether it brought any."""
     from pipeline import tracking
 
     try:
@@ -118,7 +127,7 @@ def _take(ray: Any, done: Any, trial: Trial, over: Callable[[Trial], None]) -> N
     except (ray.exceptions.RayTaskError, ray.exceptions.RayError) as error:
         lines = str(error).strip().splitlines()
         sys.stderr.write(f"warning: {trial.title}: {lines[-1] if lines else type(error).__name__}\n")
-        return
+        return False
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             path = Path(folder) / name
@@ -128,4 +137,4 @@ def _take(ray: Any, done: Any, trial: Trial, over: Callable[[Trial], None]) -> N
     if "MLFLOW_TRACKING_URI" not in os.environ:
         for seed in trial.run.seeds:
             tracking.complete(trial.folder / f"seed-{seed}")
-    over(trial)
+    return True

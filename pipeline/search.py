@@ -16,8 +16,9 @@ An optimizer without a file is searched in its learning rate, from a thirtieth t
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -129,47 +130,47 @@ def _dimension(name: str, field: str, kind: str, values: Any) -> Dimension:
 def points(
     dimensions: Sequence[Dimension], shipped: Values, trials: int, purpose: str, *, grid: bool = False
 ) -> list[Values]:
-    """So many settings of the dimensions' fields, the shipped one first; `purpose` seeds all that is random."""
+    """So many settings of the dimensions' fields, the shipped one first; `purpose` seeds all that is random.
+
+    The others leave it out, so that it is trained once. Raises ConfigError where the space has fewer.
+    """
     first = {dimension.field: shipped[dimension.field] for dimension in dimensions}
-
-    def made(count: int) -> list[Values]:
-        shares = _grid(dimensions, count, purpose) if grid else _sobol(len(dimensions), count, purpose)
-        settings = [{d.field: d.at(share) for d, share in zip(dimensions, row, strict=True)} for row in shares]
-        return [setting for setting in settings if setting != first]
-
-    others = made(trials - 1)
-    if len(others) < trials - 1 and not grid:  # an earlier tuning chose a point of this sequence: the next one instead
-        others = made(trials)
+    others = (_grid if grid else _sobol)(dimensions, trials - 1, purpose, first)
+    if len(others) < trials - 1:
+        raise ConfigError(f"trials: {trials} are more than the {len(others) + 1} points of the space")
     return [first, *others]
 
 
-def _sobol(dimensions: int, count: int, purpose: str) -> list[list[float]]:
-    """The first so many points of a scrambled Sobol sequence, one at least in each of as many equal slices."""
+def _others(dimensions: Sequence[Dimension], shares: Iterable[Sequence[float]], first: Values) -> list[Values]:
+    """The settings at these shares of the ranges, but for the first."""
+    settings = [{d.field: d.at(share) for d, share in zip(dimensions, row, strict=True)} for row in shares]
+    return [setting for setting in settings if setting != first]
+
+
+def _sobol(dimensions: Sequence[Dimension], count: int, purpose: str, first: Values) -> list[Values]:
+    """So many points of a scrambled Sobol sequence, one at least in each of as many equal slices."""
     from scipy.stats import qmc
 
-    if not count:
-        return []
-    sequence = qmc.Sobol(dimensions, scramble=True, seed=number(0, purpose))
-    return sequence.random_base2((count - 1).bit_length())[:count].tolist()
+    sequence = qmc.Sobol(len(dimensions), scramble=True, seed=number(0, purpose))
+    return _others(dimensions, sequence.random_base2(count.bit_length()).tolist(), first)[:count]
 
 
-def _grid(dimensions: Sequence[Dimension], count: int, purpose: str) -> list[list[float]]:
+def _grid(dimensions: Sequence[Dimension], count: int, purpose: str, first: Values) -> list[Values]:
     """Points of the smallest grid that has so many: levels as even as they go, the first fields have more.
 
     Ends are levels. What the grid has too many is left out at random.
     """
-    if not count:
-        return []
     levels = [1] * len(dimensions)
-    most = [len(d.choices) if d.kind == "choice" else count for d in dimensions]
-    while math.prod(levels) < count:
+    most = [len(d.choices) if d.kind == "choice" else count + 1 for d in dimensions]
+    while len(nodes := _others(dimensions, _nodes(levels), first)) < count:
         open_to_more = [i for i, level in enumerate(levels) if level < most[i]]
         if not open_to_more:
-            raise ConfigError(f"trials: {count + 1} are more than the {math.prod(levels) + 1} points of the grid")
+            return nodes
         levels[min(open_to_more, key=lambda i: (levels[i], i))] += 1
-    nodes: list[list[float]] = [[]]
-    for level in levels:
-        shares = [0.5] if level == 1 else [i / (level - 1) for i in range(level)]
-        nodes = [[*node, share] for node in nodes for share in shares]
     kept = sorted(Random(number(0, purpose)).sample(range(len(nodes)), count))
     return [nodes[i] for i in kept]
+
+
+def _nodes(levels: Sequence[int]) -> Iterable[Sequence[float]]:
+    """A grid's nodes, as shares of each range; a single level is its middle."""
+    return itertools.product(*([0.5] if n == 1 else [i / (n - 1) for i in range(n)] for n in levels))

@@ -1,10 +1,10 @@
 """Which trial of a tuning wins, and what fewer trials would have found.
 
-The one idea: a trial is judged as the benchmark judges a run. The sooner it reached the hard target, in seconds on the
-training clock, the better; where none did, the easy one decides, then the best validation loss, then the order of
-trials, so that a tie is the shipped setting's. A trial that diverged is a miss, whatever it had reached. Test data are
-never looked at. With several seeds a trial that more of them brought to the target is better, however long it took, and
-then the median counts: a setting that some seeds do not bear is no setting.
+The one idea: a trial is judged as the benchmark judges a run, by the hard target. A trial that more of its seeds
+brought there is better, however long it took: a setting that some seeds do not bear is no setting. Then the median of
+their seconds on the training clock counts. Where no trial got there the easy target decides in the same way, then the
+best validation loss, then the order of trials, so that a tie is the shipped setting's. A trial that diverged is a miss,
+whatever it had reached. Targets are of the benchmark's own metric; test data are never looked at.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import mul
 from statistics import fmean, median_high
 from typing import Any
 
@@ -63,8 +64,8 @@ def _number(value: float | None) -> float:
     return math.inf if value is None else float(value)
 
 
-def best(trials: Sequence[Judged]) -> int:
-    """The place of the trial that wins."""
+def ranked(trials: Sequence[Judged]) -> list[int]:
+    """The places of the trials, that of the one that wins first."""
     targets = TARGETS[::-1]  # the hard one first
 
     def order(place: int) -> tuple[float, ...]:
@@ -74,7 +75,7 @@ def best(trials: Sequence[Judged]) -> int:
             late += (math.inf, math.inf) if trial.diverged else (trial.missed.get(target, 0), trial.seconds[target])
         return (*late, math.inf if trial.diverged else trial.best_loss, place)
 
-    return min(range(len(trials)), key=order)
+    return sorted(range(len(trials)), key=order)
 
 
 def target(trials: Sequence[Judged]) -> str | None:
@@ -84,24 +85,25 @@ def target(trials: Sequence[Judged]) -> str | None:
 
 
 def budget_curve(trials: Sequence[Judged]) -> list[dict[str, Any]]:
-    """What the best of so many of these trials, drawn without repetition, comes to on average.
+    """What the choice among so many of these trials, drawn without repetition, comes to on average.
 
-    With the sorted times t_1 <= ... <= t_n, t_i is the best of k where the other k - 1 are later: in
-    C(n - i, k - 1) of C(n, k) draws. `expected` is in seconds to the target; a miss counts as the longest training of
-    any trial, which it lasted at least, so with misses the figure is a lower bound. `reached` is the share of draws
-    with a trial that reached it. Without a target that any reached there is nothing to expect: None.
+    In the order of the choice, the i-th of n trials is chosen of k where the other k - 1 are later: in C(n - i, k - 1)
+    of C(n, k) draws. `expected` is in seconds to the target; a miss counts as the longest training of any trial, which
+    it lasted at least, so with misses the figure is a lower bound. `reached` is the share of draws whose choice reached
+    the target. Without a target that any reached there is nothing to expect: None.
     """
     count, of = len(trials), target(trials)
-    reached = sorted(t.seconds[of] for t in trials if not t.diverged and math.isfinite(t.seconds[of])) if of else []
     longest = max((trial.trained for trial in trials), default=0.0)
-    times = reached + [max(longest, *reached)] * (count - len(reached)) if reached else []
+    times, hits = [], []
+    for trial in [trials[place] for place in ranked(trials)]:
+        hits.append(of is not None and not trial.diverged and math.isfinite(trial.seconds[of]))
+        times.append(trial.seconds[of] if of and hits[-1] else longest)
     curve = []
     for k in range(1, count + 1):
-        draws = math.comb(count, k)
-        total = math.fsum(time * math.comb(count - i, k - 1) for i, time in enumerate(times, 1))
+        draws = [math.comb(count - i, k - 1) for i in range(1, count + 1)]  # of which each is the choice
         curve.append({
             "trials": k,
-            "expected": total / draws if times else None,
-            "reached": 1 - math.comb(count - len(reached), k) / draws,
+            "expected": math.fsum(map(mul, times, draws)) / sum(draws) if of else None,
+            "reached": sum(map(mul, hits, draws)) / sum(draws),
         })  # fmt: skip
     return curve

@@ -123,8 +123,8 @@ def _code() -> dict[str, str]:
 def all_trials(choice: Choice, earlier: Mapping[Pair, Mapping[str, Any]]) -> dict[Pair, list[Trial]]:
     """The trials of each chosen pair; `earlier` has what came of the tuning of a pair before.
 
-    Where the shipped setting is what that chose, trial 1 is still the one that was shipped then. Raises ConfigError
-    for whatever no stage would accept.
+    Where the shipped setting is what that chose, the same choice has the same trials. Raises ConfigError for whatever
+    no stage would accept.
     """
     composed = _composed(choice)
     params = view(copy.deepcopy(composed))
@@ -142,9 +142,7 @@ def _of_pair(
     benchmark, optimizer = pair
     shipped = _shipped(params, benchmark, optimizer)
     found = space(optimizer, benchmark, choice.trials, shipped, declared(SEARCH / f"{optimizer}.yaml"))
-    settings = points(found, shipped, choice.trials, f"tune {benchmark} {optimizer}", grid=choice.grid)
-    if earlier is not None and all(shipped.get(field) == value for field, value in earlier["chosen"].items()):
-        settings[0] |= {field: value for field, value in earlier["trials"][0]["values"].items() if field in settings[0]}
+    settings = _settings(choice, found, shipped, f"tune {benchmark} {optimizer}", earlier)
     now = {dimension.field: shipped[dimension.field] for dimension in found}
     base = choice.overrides([benchmark], [optimizer])
     trials = []
@@ -157,6 +155,21 @@ def _of_pair(
         run = resolve(view(changed), benchmark, optimizer)
         trials.append(Trial(benchmark, optimizer, number, values, run, tuple(overrides), tuple(found), now))
     return trials
+
+
+def _settings(
+    choice: Choice, found: Sequence[Dimension], shipped: Values, purpose: str, earlier: Mapping[str, Any] | None
+) -> list[Values]:
+    """The values of the trials: those of the earlier tuning if what it chose is shipped now and is among them.
+
+    Otherwise (other ranges, fewer trials, a grid) the setting shipped now is the first, so it is never left out.
+    """
+    make = functools.partial(points, found, trials=choice.trials, purpose=purpose, grid=choice.grid)
+    if earlier is not None and all(shipped.get(field) == value for field, value in earlier["chosen"].items()):
+        as_before = make(shipped | earlier["trials"][0]["values"])
+        if earlier["chosen"] in as_before:
+            return as_before
+    return make(shipped)
 
 
 def _composed(choice: Choice) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def _show_plan(asked: Asked, engine: str, workers: int) -> None:
 
 
 def _seconds(benchmark: str, trials: Sequence[Trial]) -> float | None:
-    """What a trial of a pair takes: by its own records, those of others on the benchmark, or the budget."""
+    """What a trial of a pair takes, all its seeds: by its own records, others' on the benchmark, or the budget."""
     from pipeline.composition import ROOT
     from pipeline.records import read_run
 
@@ -278,12 +278,14 @@ def _seconds(benchmark: str, trials: Sequence[Trial]) -> float | None:
                 taken.append(sum(summary[f"{part}_seconds"] or 0.0 for part in ("training", "evaluation")))
         if taken:
             return seeds * statistics.median(taken)
-    return trials[0].run.seconds
+    budget = trials[0].run.seconds
+    return None if budget is None else seeds * budget
 
 
 def _table(counts: Sequence[tuple[int, int, int, list[int]]], complete: Mapping[Pair, Evidence | None]) -> list[str]:
     """A line a pair: trials asked, found at the start and at the end, how often each was queued; what was chosen."""
-    from pipeline.tuning_evidence import text, winner
+    from pipeline.evidence import winner
+    from pipeline.tuning_evidence import text
 
     rows: list[tuple[str, ...]] = [COLUMNS]
     for (asked, found, there, times), (pair, evidence) in zip(counts, complete.items(), strict=True):
@@ -321,7 +323,7 @@ def _write(asked: Asked, complete: Mapping[Pair, Evidence]) -> None:
 def widen(asked: Asked, before: Mapping[Pair, Evidence], *, dry: bool) -> bool:
     """Widen the ranges at whose edge the last tuning of these pairs ended; whether there was any."""
     from pipeline import settings
-    from pipeline.tuning_evidence import winner
+    from pipeline.evidence import winner
 
     any_changed = False
     for (benchmark, optimizer), of in asked.items():

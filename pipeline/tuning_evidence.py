@@ -1,6 +1,8 @@
 """What a tuning leaves to be read: tuning/<benchmark>/<optimizer>.json, tables and figure of docs/tuning.md.
 
 The one idea: the files have all that the choice was made from, and are committed; tables and figure are views of them.
+For each trial: how many seeds `missed` each target, the median seconds and steps to the hardest target that any trial
+reached, the best validation loss.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 from pipeline import selection
 from pipeline.checks import ConfigError
 from pipeline.composition import ROOT
+from pipeline.evidence import reached, winner
 from pipeline.records import Run
 from pipeline.selection import Judged
 from pipeline.statistics import ordered
@@ -51,7 +54,7 @@ def evidence(
         selection.judged(t.values, of, [edge for d in t.space if (edge := d.edge(t.values[d.field]))])
         for t, of in zip(trials, runs, strict=True)
     ]
-    won, target = selection.best(judged), selection.target(judged)
+    won, target = selection.ranked(judged)[0], selection.target(judged)
     ranges = {d.field: list(d.choices if d.kind == "choice" else d.ends) for d in trials[0].space}
     environments = [run.environment for of in runs for run in of]
     started = max((float(environment.get("start_time") or 0.0) for environment in environments), default=0.0)
@@ -68,16 +71,17 @@ def evidence(
         "ranges": ranges,
         "trials_before_widening": widened,
         "target": target,
-        "trials": [_line(trial, target) for trial in judged],
+        "trials": [_line(trial, target, len(choice.seeds)) for trial in judged],
         "chosen": judged[won].values,
         "won_by_first": won == 0,
         "budget_curve": selection.budget_curve(judged),
     }
 
 
-def _line(trial: Judged, target: str | None) -> dict[str, Any]:
+def _line(trial: Judged, target: str | None, seeds: int) -> dict[str, Any]:
     return {
         "values": trial.values,
+        "missed": {name: round(share * seeds) for name, share in trial.missed.items()},
         "seconds_to_target": _finite(trial.seconds[target]) if target else None,
         "steps_to_target": _finite(trial.steps[target]) if target else None,
         "best_loss": _finite(trial.best_loss),
@@ -94,11 +98,6 @@ def write(found: Evidence, folder: Path = FOLDER) -> None:
     path = folder / found["benchmark"] / f"{found['optimizer']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def winner(found: Evidence) -> dict[str, Any]:
-    """The trial that was chosen."""
-    return next(trial for trial in found["trials"] if trial["values"] == found["chosen"])
 
 
 # ---------------------------------------------------------------- the page
@@ -147,7 +146,7 @@ def _row(found: Evidence) -> str:
     cells = [
         found["optimizer"],
         f"{len(trials)} (+{before})" if before else str(len(trials)),
-        str(sum(trial["seconds_to_target"] is not None for trial in trials)),
+        str(reached(found)),
         str(sum(trial["diverged"] for trial in trials)),
         found["target"] or "none",
         "-" if seconds is None else f"{seconds:.3g} ({steps:g})",

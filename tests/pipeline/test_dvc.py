@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline import evidence
+
 ROOT = Path(__file__).parents[2]
 
 # What a stage imports without its numbers depending on it: refusals, going on after a kill to the same numbers, and the
@@ -53,6 +55,17 @@ def test_every_module_that_decides_a_stages_numbers_is_its_dependency(stages: di
 
 def test_a_change_of_library_or_networks_trains_again(stages: dict[str, Any]) -> None:
     assert {"kfac", "pipeline/models", "pipeline/config.py"} <= set(stages["train"]["deps"])
+
+
+def test_what_the_report_shows_beside_the_records_makes_it_stale(
+    stages: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_for: list[str] = []
+    monkeypatch.setattr(evidence, "_read", lambda path, _: looked_for.append(str(path.relative_to(ROOT))))
+    evidence.read(ROOT, ["toy_mlp"], ["kfac"])
+    assert "tuning/toy_mlp/kfac.json" in looked_for
+    for name in looked_for:  # manifests of data stand for what the records are of
+        assert name.startswith("data/") or any(Path(name).is_relative_to(dep) for dep in stages["aggregate"]["deps"])
 
 
 @pytest.mark.parametrize("stage", ["prepare", "toy", "train", "aggregate"])

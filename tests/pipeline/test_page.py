@@ -35,7 +35,8 @@ TRIALS: dict[str, Any] = {
     "trials": [
         {"values": {"lr": 0.1}, "seconds_to_target": 2.5, "best_loss": 0.1, "diverged": False, "edge": []},
         {"values": {"lr": 0.7}, "seconds_to_target": 1.25, "best_loss": 0.1, "diverged": False, "edge": ["lr"]},
-        {"values": {"lr": 9.0}, "seconds_to_target": None, "best_loss": None, "diverged": True, "edge": []},
+        {"values": {"lr": 9.0}, "seconds_to_target": 0.5, "best_loss": None, "diverged": True, "edge": []},
+        {"values": {"lr": 0.9}, "seconds_to_target": 1.0, "best_loss": 0.1, "diverged": False, "edge": []},
     ],
     "chosen": {"lr": 0.7},
     "won_by_first": False,
@@ -207,8 +208,10 @@ def test_the_chart_library_is_inside(page: Page) -> None:
 
 def test_tuning_reconstructions_and_provenance_are_there(page: Page, report: Path) -> None:
     assert page.rows("optimizer", "trials", "reached", "diverged", "best, seconds") == [
-        ["kfac", "3", "2", "1", "1.25", "no", "lr 0.7", "lr", "2026-11-26"]
+        ["kfac", "4", "3", "1", "1.25", "no", "lr 0.7", "lr", "2026-11-26"]
     ]
+    assert "chosen by the share of its seeds that reach the benchmark's hard target" in page.text
+    assert "test data never" in page.text and "chosen on validation data" not in page.text
     images = [str(attributes["src"]) for tag, attributes in page.elements if tag == "img"]
     assert images == [f"data:image/png;base64,{base64.b64encode(PIXEL).decode()}"]
     assert page.rows("data", "train / validation / test") == [["toy_mlp", "4711 / 12 / 13", "0123456789ab"]]

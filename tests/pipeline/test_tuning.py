@@ -7,14 +7,16 @@ import json
 import math
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 from synthetic_records import write_study
 
-from pipeline import records, selection, settings, trials, tune, tuning_evidence
+from pipeline import evidence, ray_engine, records, selection, settings, trials, tune, tuning_evidence
 from pipeline.checks import ConfigError
 from pipeline.composition import compose
 from pipeline.config import load, resolve
@@ -65,6 +67,15 @@ def test_a_shipped_setting_that_is_a_point_of_the_sequence_is_trained_once() -> 
         assert [point for point in before[1:] if point != chosen] == again[1:7]
 
 
+@pytest.mark.parametrize("dimensions", [[LR], [LR, MOMENTUM], [LR, BETAS]])
+def test_a_shipped_setting_that_is_a_node_of_the_grid_is_trained_once_and_costs_no_trial(
+    dimensions: list[Dimension],
+) -> None:
+    for chosen in points(dimensions, SHIPPED, 8, "grid", grid=True)[1:]:
+        again = points(dimensions, chosen, 8, "grid", grid=True)
+        assert again[0] == chosen and len({json.dumps(point) for point in again}) == 8
+
+
 @pytest.mark.parametrize("dimension", [LR, MOMENTUM])
 def test_a_sobol_sequence_has_a_point_in_every_slice_of_a_range_on_its_own_scale(dimension: Dimension) -> None:
     values = [setting[dimension.field] for setting in points([dimension], SHIPPED, 9, "slices")[1:]]
@@ -87,8 +98,9 @@ def test_a_grid_has_both_ends_and_even_levels_and_whole_grids_are_whole() -> Non
     whole = points([LR, MOMENTUM], SHIPPED, 7, "grid", grid=True)[1:]
     expected = itertools.product([0.001, 0.0316, 1.0], [0.8, 1.0])
     assert [(setting["lr"], setting["momentum"]) for setting in whole] == list(expected)
-    with pytest.raises(ConfigError, match=r"trials: 5 are more than the 4 points of the grid"):
-        points([BETAS], SHIPPED, 5, "grid", grid=True)
+    assert len(points([BETAS], SHIPPED, 3, "grid", grid=True)) == 3
+    with pytest.raises(ConfigError, match=r"trials: 4 are more than the 3 points of the space"):
+        points([BETAS], SHIPPED, 4, "grid", grid=True)
 
 
 def test_what_is_marked_with_a_number_of_trials_joins_from_there() -> None:
@@ -192,7 +204,7 @@ def a_trial(
 def test_the_quickest_to_the_hard_target_wins_then_the_easy_one_then_the_loss(
     of: list[Judged], won: int, target: str | None
 ) -> None:
-    assert (selection.best(of), selection.target(of)) == (won, target)
+    assert (selection.ranked(of)[0], selection.target(of)) == (won, target)
 
 
 def test_a_run_that_diverged_after_the_target_is_a_miss_and_so_is_a_trial_without_a_record() -> None:
@@ -211,16 +223,22 @@ def test_a_run_that_diverged_after_the_target_is_a_miss_and_so_is_a_trial_withou
     assert nothing.seconds["easy"] == math.inf and nothing.best_loss == math.inf and not nothing.diverged
 
 
-def test_a_setting_that_some_seeds_do_not_bear_is_behind_a_slower_one_that_all_do() -> None:
-    def run(step: int | None) -> records.Run:
-        summary = {"status": "finished", "best_validation_loss": 0.5, "training_seconds": 3.0}
-        for target in ("easy", "hard"):
-            summary |= {f"{target}_reached": step is not None, f"{target}_step": step, f"{target}_seconds": step}
-        return records.Run(Path(), {}, {}, [], [], summary)
+def a_run(step: int | None, status: str = "finished") -> records.Run:
+    """A seed that reached both targets at this step, a second each, or none."""
+    summary: dict[str, Any] = {"status": status, "best_validation_loss": 0.5, "training_seconds": 90.0}
+    for target in ("easy", "hard"):
+        summary |= {f"{target}_reached": step is not None, f"{target}_step": step, f"{target}_seconds": step}
+    return records.Run(Path(), {}, {}, [], [], summary)
 
-    quick, sure, none = ([run(step) for step in steps] for steps in ((10, 10, None), (30, 30, 30), (None, None, None)))
-    assert selection.best([selection.judged({}, runs) for runs in ([], none, quick, sure)]) == 3
-    assert selection.best([selection.judged({}, runs) for runs in ([], none, quick)]) == 2
+
+QUICK, SURE, NONE = ([a_run(step) for step in steps] for steps in ((10, 10, None), (30, 30, 30), (None, None, None)))
+BLOWN = [a_run(5), a_run(5), a_run(None, "diverged")]
+
+
+def test_a_setting_that_some_seeds_do_not_bear_is_behind_a_slower_one_that_all_do() -> None:
+    of = [selection.judged({}, runs) for runs in ([], NONE, QUICK, SURE, BLOWN)]
+    assert selection.ranked(of) == [3, 2, 1, 0, 4]
+    assert selection.ranked(of[:3])[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -241,17 +259,19 @@ def test_choices_have_no_edge() -> None:
         [a_trial(3.0), a_trial(1.0), a_trial(2.0), a_trial(7.5), a_trial(2.0)],
         [a_trial(3.0), a_trial(), a_trial(2.0), a_trial(1.0, diverged=True)],
         [a_trial(easy=4.0), a_trial(easy=1.5), a_trial()],
+        [selection.judged({}, runs) for runs in (QUICK, SURE, NONE, BLOWN)],
     ],
 )
-def test_the_budget_curve_is_the_mean_over_all_draws_without_repetition(of: list[Judged]) -> None:
-    target = selection.target(of)
+def test_the_budget_curve_is_the_mean_of_what_is_chosen_of_all_draws_without_repetition(of: list[Judged]) -> None:
+    target, longest = selection.target(of), max(trial.trained for trial in of)
     assert target is not None
-    times = [9.0 if t.diverged or math.isinf(t.seconds[target]) else t.seconds[target] for t in of]  # 9 s: they trained
     for point in selection.budget_curve(of):
-        draws = list(itertools.combinations(times, point["trials"]))
-        assert point["expected"] == pytest.approx(statistics.fmean(map(min, draws)))
-        assert point["reached"] == pytest.approx(statistics.fmean(min(draw) < 9.0 for draw in draws))
-    assert selection.budget_curve(of)[-1]["expected"] == min(times)
+        draws = itertools.combinations(of, point["trials"])
+        chosen = [draw[selection.ranked(draw)[0]] for draw in draws]
+        hits = [not t.diverged and math.isfinite(t.seconds[target]) for t in chosen]
+        times = [t.seconds[target] if hit else longest for t, hit in zip(chosen, hits, strict=True)]
+        assert point["expected"] == pytest.approx(statistics.fmean(times))
+        assert point["reached"] == pytest.approx(statistics.fmean(hits))
 
 
 def test_without_a_trial_that_reached_a_target_there_is_nothing_to_expect() -> None:
@@ -344,17 +364,66 @@ def test_evidence_has_what_the_choice_was_made_from(
     )
 
 
-def test_after_the_choice_was_written_trial_1_is_still_what_was_shipped_before(
+def followed(found: dict[str, Any]) -> dict[str, Any]:
+    """What the rules of docs/tuning.md choose, from the file alone."""
+
+    def order(place: int) -> tuple[float, ...]:
+        trial = found["trials"][place]
+        late: list[float] = []
+        for target in ("hard", "easy"):
+            seconds = trial["seconds_to_target"] if target == found["target"] else None
+            late += [trial["missed"][target], math.inf if seconds is None else seconds]
+        return (trial["diverged"], *late, math.inf if trial["best_loss"] is None else trial["best_loss"], place)
+
+    return found["trials"][min(range(len(found["trials"])), key=order)]["values"]
+
+
+def test_the_choice_follows_from_the_file_also_where_a_quicker_trial_lost_a_seed(
     tuned: dict[trials.Pair, list[trials.Trial]],
 ) -> None:
-    of = tuned["toy_linear", "sgd"]
-    written = Choice(("toy_linear",), ("sgd",), 2, (1000,), settings=("optimizer.sgd.lr=1.5",))
-    earlier = {"chosen": {"lr": 1.5}, "trials": [{"values": {"lr": 0.04}}, {"values": {"lr": 1.5}}]}
-    [again] = all_trials(written, {("toy_linear", "sgd"): earlier}).values()
-    assert again[0].values == of[0].values == {"lr": 0.04}
-    assert again[0].shipped == {"lr": 1.5}
-    [afresh] = all_trials(written, {}).values()
-    assert afresh[0].values == {"lr": 1.5}
+    choice = Choice(("toy_linear",), ("kfac",), 2, (1000, 1001, 1002))
+    first, second = tuned["toy_linear", "kfac"]
+    for runs, won in (([QUICK, SURE], second), ([QUICK, NONE], first), ([BLOWN, QUICK], second), ([[], BLOWN], first)):
+        found = tuning_evidence.evidence(choice, [first, second], runs, None)
+        assert found["chosen"] == followed(found) == won.values
+        assert found["budget_curve"][-1]["expected"] == evidence.winner(found)["seconds_to_target"]
+    found = tuning_evidence.evidence(choice, [first, second], [BLOWN, QUICK], None)
+    assert [trial["missed"]["hard"] for trial in found["trials"]] == [1, 1]
+    assert evidence.reached(found) == 1 and "| kfac | 2 | 1 | 1 | hard | 10 (10) |" in "\n".join(
+        tuning_evidence.tables([found])
+    )
+
+
+@pytest.mark.parametrize("pair", tuning_evidence.read(), ids="-".join)
+def test_the_committed_choice_follows_from_its_file(pair: trials.Pair) -> None:
+    found = tuning_evidence.read()[pair]
+    assert found["chosen"] == followed(found)
+    assert found["budget_curve"][-1]["expected"] == evidence.winner(found)["seconds_to_target"]
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("won", range(4))
+def test_after_the_choice_was_written_the_same_command_has_the_same_trials(grid: bool, won: int) -> None:
+    choice = Choice(("toy_linear",), ("sgd",), 4, (1000,), grid=grid)
+    pair, before = ("toy_linear", "sgd"), [trial.values for trial in all_trials(choice, {})["toy_linear", "sgd"]]
+    earlier = {pair: {"chosen": before[won], "trials": [{"values": values} for values in before]}}
+    written = replace(choice, settings=(f"optimizer.sgd.lr={before[won]['lr']}",))
+    again = all_trials(written, earlier)[pair]
+    assert [trial.values for trial in again] == before
+    assert all(trial.shipped == before[won] for trial in again)
+    assert all_trials(written, {})[pair][0].values == before[won]
+    for other in (replace(written, grid=not grid), replace(written, trials=2)):  # what was chosen is never left out
+        assert before[won] in [trial.values for trial in all_trials(other, earlier)[pair]]
+
+
+def test_the_trials_of_the_committed_evidence_are_what_its_command_asks_for_today() -> None:
+    found = tuning_evidence.read()
+    benchmarks, optimizers = (tuple(dict.fromkeys(names)) for names in zip(*found, strict=True))
+    for count, kind in {(len(each["trials"]), each["points"]) for each in found.values()}:
+        asked = all_trials(Choice(benchmarks, optimizers, count, (1000,), grid=kind == "grid"), found)
+        for pair, each in found.items():
+            if (len(each["trials"]), each["points"]) == (count, kind):
+                assert [trial.values for trial in asked[pair]] == [trial["values"] for trial in each["trials"]], pair
 
 
 def test_the_page_has_the_tables_between_its_marks_and_keeps_the_rest(
@@ -385,6 +454,70 @@ def test_evidence_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "toy_linear" / "sgd.json").write_text(json.dumps({"benchmark": "toy_linear"}))
     with pytest.raises(ConfigError, match=r"toy_linear/sgd\.json: cannot be read"):
         tuning_evidence.read(tmp_path)
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [(10.0, 30.0), (None, None)])
+def test_without_records_a_trial_is_estimated_by_the_budget_of_all_its_seeds(
+    budget: float | None, seconds: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [[trial]] = all_trials(Choice(("toy_linear",), ("sgd",), 1, (1000, 1001, 1002)), {}).values()
+    monkeypatch.setattr("pipeline.composition.ROOT", tmp_path)
+    assert tune._seconds("toy_linear", [replace(trial, run=replace(trial.run, seconds=budget))]) == seconds
+
+
+class FakeRay:
+    """Ray as far as the engine calls it: a task brings `files`, but for the first times that `lost` has of it."""
+
+    class exceptions:
+        RayError, RayTaskError = OSError, RuntimeError
+
+    def __init__(self, files: dict[str, dict[str, bytes]], lost: dict[str, int]) -> None:
+        self.files, self.lost, self.given = files, lost, itertools.count()
+
+    def remote(self, **options: Any) -> Any:
+        return lambda function: SimpleNamespace(
+            options=lambda name: SimpleNamespace(remote=lambda *_: self._give(name))
+        )
+
+    def _give(self, name: str) -> tuple[str, int]:
+        return name, next(self.given)
+
+    def wait(self, tasks: list[Any]) -> Any:
+        return tasks[:1], tasks[1:]
+
+    def get(self, task: tuple[str, int]) -> dict[str, bytes]:
+        if self.lost[task[0]]:
+            self.lost[task[0]] -= 1
+            raise OSError("the worker died")
+        return self.files[task[0]]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {}
+
+    def shutdown(self) -> None: ...
+
+
+def test_with_ray_a_trial_without_records_is_asked_for_again_three_times_at_most(
+    tuned: dict[trials.Pair, list[trials.Trial]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = [*tuned["toy_linear", "sgd"], tuned["toy_linear", "kfac"][0]]
+    files = {
+        trial.name: {
+            f"toy_linear/{trial.optimizer}/seed-1000/{path.name}": path.read_bytes()
+            for path in (trial.folder / "seed-1000").iterdir()
+        }
+        for trial in of
+    }
+    for trial in of:
+        shutil.rmtree(trial.folder)
+    ray = FakeRay(files, dict(zip(files, (0, 1, 9), strict=True)))
+    monkeypatch.setattr(ray_engine, "_connect", lambda workers: ray)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "elsewhere")  # the nodes' runs are there already
+    over: list[trials.Trial] = []
+    asked = ray_engine.train(of, 1, over.append)
+    assert [asked[trial.name] for trial in of] == [1, 2, 3] and over == of[:2]
+    assert [trial.records() is not None for trial in of] == [True, True, False]
+    assert capsys.readouterr().err.count("the worker died") == 1 + 3
 
 
 # ---------------------------------------------------------------- settings
