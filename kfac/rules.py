@@ -164,7 +164,8 @@ class SelfTuningRule:
         finite = problem.finite & weights.isfinite().all() & taken.isfinite().all()
         known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]
-        self.alpha_mean = torch.where(finite, mean, known)
+        # A direction that does not lead down, as where the gradient is zero, says nothing about how far to go.
+        self.alpha_mean = torch.where(finite & (slope[0] < 0), mean, known)
 
         alpha, mu = taken
         steps = [

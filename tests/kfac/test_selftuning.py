@@ -95,6 +95,31 @@ def test_the_step_size_does_not_jump_beyond_its_running_mean(optimizer: Any, gro
 
 
 @OPTIMIZERS
+@pytest.mark.parametrize("first", ["no gradient", "uphill"])
+def test_a_first_step_that_leads_nowhere_down_does_not_end_the_training(
+    optimizer: Any, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step size of 0 says nothing of those to come, which are bounded by their mean."""
+    problem = BY_NAME["mlp-mse-mean"].make()
+    used = optimizer(problem.model, loss=problem.criterion)
+    targets = problem.targets
+    if first == "no gradient":
+        problem.targets = problem.model(problem.inputs).detach()
+        truth.step(used, problem)
+    else:
+        solve = used._method.directions
+        with monkeypatch.context() as patch:
+            patch.setattr(used._method, "directions", lambda *given: [-x for x in solve(*given)])
+            truth.step(used, problem)
+    assert float(used.stats["alpha"]) == 0
+    problem.targets = targets
+    start = problem.loss().item()
+    for _ in range(15):
+        truth.step(used, problem)
+    assert problem.loss().item() < 0.7 * start
+
+
+@OPTIMIZERS
 def test_lr_of_a_group_multiplies_the_self_tuned_step(optimizer: Any) -> None:
     problem = BY_NAME["mlp-ce-mean"].make()
     whole = optimizer(problem.model, loss=problem.criterion)
