@@ -41,8 +41,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         loss: the criterion that the training loop calls and minimises (see kfac.losses).
         lr: None for the self-tuning step; a number for the papers' fixed rule.
         momentum: coefficient of the fixed rule; it averages gradients before they are preconditioned. When self-tuning
-            the quadratic model chooses the coefficient in [0.3, 0.95] ([0, 0.95] for `GKFAC`), and 0 here switches it
-            off.
+            the quadratic model chooses one coefficient in [0.3, 0.95] ([0, 0.95] for `GKFAC`) for all groups but
+            those where 0 switches it off.
         damping: absolute lambda, or a callable of the step; None for `relative_damping`. A group may have its own.
         relative_damping: lambda in units of the mean curvature per parameter, sum_l tr A_l tr G_l / sum_l numel_l, a
             number or a callable of the step. It has no unit, so 0.5 serves all losses, reductions and widths (found on

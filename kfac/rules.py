@@ -122,7 +122,7 @@ class SelfTuningRule:
        times its running mean (and 1), `least_momentum` <= mu <= 0.95, with the curvature along both from vectors
        sampled for this very batch. The batch sees in its own gradient more than there is for others, and asks for
        too little of the last step, which came from them; so a part of that is kept. Where even the best such step
-       goes uphill, mu is 0.
+       goes uphill, mu is 0. For a group whose `momentum` is 0 the last step counts as none.
     2. What is added to the kept part is scaled down until the step promises at most a share of the loss above its
        floor: 0.02 at first, `max_decrease` from step `warmup` on.
     """
@@ -143,14 +143,16 @@ class SelfTuningRule:
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None
         gradients = problem.parts.gathered(problem.gradients)
-        pairs = [(x.neg_(), last) for x, last in zip(problem.solve(gradients), problem.buffers, strict=True)]
+        parts = zip(problem.solve(gradients), problem.buffers, problem.groups, strict=True)
+        pairs = [(x.neg_(), last if group["momentum"] else torch.zeros_like(last)) for x, last, group in parts]
         form = _gram(pairs, problem.dampings) + problem.form(list(zip(*pairs, strict=True)))
         slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, gradients, strict=True)]
         slope = _totals(slopes)
         largest = form.new_ones(())
         if self.alpha_mean is not None:
             largest = (self.max_growth * self.alpha_mean).clamp_max(1.0)
-        least, most = (self.least_momentum, MOST_MOMENTUM) if problem.groups[0]["momentum"] else (0.0, 0.0)
+        kept = any(group["momentum"] for group in problem.groups)
+        least, most = (self.least_momentum, MOST_MOMENTUM) if kept else (0.0, 0.0)
         lower = torch.stack([torch.zeros_like(largest), torch.full_like(largest, least)])
         upper = torch.stack([largest, torch.full_like(largest, most)])
         weights = quadratic.minimise_in_box(slope, form, lower, upper)

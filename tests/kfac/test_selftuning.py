@@ -133,6 +133,58 @@ def test_lr_of_a_group_multiplies_the_self_tuned_step(optimizer: Any) -> None:
 
 
 @OPTIMIZERS
+@pytest.mark.parametrize("off", [0, 2], ids=["first layer", "last layer"])
+@pytest.mark.parametrize("joined", [False, True], ids=["one-by-one", "joined"])
+def test_momentum_0_of_a_group_is_of_that_group_alone(
+    optimizer: Any, off: int, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers move along their own natural gradient, the others keep part of their last step."""
+    if joined:
+        monkeypatch.setattr("kfac.parts.ONE_BY_ONE", set())
+    problem = BY_NAME["mlp-ce-mean"].make()
+    group = {"params": list(problem.model.get_submodule(str(off)).parameters()), "momentum": 0.0}
+    used = optimizer(problem.model, loss=problem.criterion, groups=[group])
+    found: list[list[Tensor]] = []
+    solve = used._method.directions
+
+    def directions(*given: Any) -> list[Tensor]:
+        found.append([x.clone() for x in solve(*given)])
+        return [x.clone() for x in found[-1]]
+
+    monkeypatch.setattr(used._method, "directions", directions)
+    last: dict[str, Tensor] = {}
+    largest = 0.0
+    for _ in range(6):
+        moves = truth.step(used, problem)
+        alpha, mu = float(used.stats["alpha"]), float(used.stats["momentum"])
+        for block, x in zip(used.blocks, found[-1], strict=True):
+            for name, own in zip(("weight", "bias"), block.tensors(x), strict=True):
+                key = f"{block.name}.{name}"
+                kept = 0.0 if block.name == str(off) or not last else mu * last[key]
+                assert truth.relative_error(moves[key], kept - alpha * own) < 1e-8, key
+        last, largest = moves, max(largest, mu)
+    assert largest > 0, "nothing has momentum: the test shows nothing"
+
+
+@OPTIMIZERS
+def test_momentum_turned_off_in_training_leaves_nothing_of_the_last_step(optimizer: Any) -> None:
+    """A step of the layers that have it turned off is what it is where they never had it."""
+    problem = BY_NAME["mlp-ce-mean"].make()
+    group = {"params": list(problem.model.get_submodule("2").parameters())}
+    used = optimizer(problem.model, loss=problem.criterion, groups=[group])
+    for _ in range(4):
+        truth.step(used, problem)
+    used.param_groups[1]["momentum"] = 0.0
+    other = problem.copy()
+    second = optimizer(other.model, loss=other.criterion, groups=[{"params": list(other.model[2].parameters())}])
+    second.load_state_dict(used.state_dict())
+    second.state.pop(other.model[2].weight)
+    moves = truth.step(used, problem)
+    for name, move in truth.step(second, other).items():
+        assert torch.equal(moves[name], move), name
+
+
+@OPTIMIZERS
 @pytest.mark.parametrize("kind", ["ce", "bce"])
 def test_self_tuned_training_is_blind_to_the_unit_of_the_loss(optimizer: Any, kind: str) -> None:
     """Mean or sum: the same trajectory, draws included."""
