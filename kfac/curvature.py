@@ -313,6 +313,11 @@ class Curvature:
         """Tensors summed over the processes of `DistributedDataParallel`."""
         return distributed.sum_over_ranks(tensors, self._capture.process_group)
 
+    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        """A tensor's mean over the processes of `DistributedDataParallel`, which is how those weigh their losses."""
+        total, count = self.sum_over_ranks([tensor, torch.ones_like(tensor)])
+        return total / count
+
     def finish(self, finite: Tensor) -> None:
         """Count a step that was made."""
         if self._factors_due and self.collector.weights:

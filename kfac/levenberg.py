@@ -65,6 +65,7 @@ class LevenbergMarquardt:
         predicted = slope + 0.5 * bend
         after = self._evaluate(closure)
         change = after - torch.as_tensor(before, device=after.device).detach()
+        change = self._curvature.mean_over_ranks(change)  # all ranks keep a step or take it back
         ratio = change / predicted
         trust = self._curvature.trust
         trust = torch.ones_like(ratio) if trust is None else trust
