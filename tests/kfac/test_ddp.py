@@ -146,11 +146,30 @@ def checked_run(rank: int | None, case: tuple[str, str]) -> dict[str, Any]:
     return {"weights": weights, "stats": stats, "own": own}
 
 
+def sampled_run(rank: int, case: tuple[str, str], alone: bool = False) -> dict[str, Any]:
+    """Train on sampled vectors of torch's own loss, as one of two ranks or alone on that rank's half."""
+    optimizer, rule = case
+    model, _, inputs, targets = problem()
+    criterion = nn.MSELoss()
+    used_model = model if alone else DistributedDataParallel(model)
+    used = OPTIMIZERS[optimizer](used_model, loss=criterion, fisher="sampled", **RULES[rule])
+    half = slice(4 * rank, 4 * rank + 4)
+    factors = []
+    for _ in range(STEPS):
+        used.zero_grad()
+        loss_of(used_model, criterion, inputs[half], targets[half]).backward()
+        used.step()
+        factors.append({name: [layer.A.clone(), layer.G.clone()] for name, layer in used.curvature().items()})
+    weights = truth.vector(p.detach() for p in model.parameters())
+    return {"weights": weights, "factors": factors, "stats": used.stats}
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results: dict[Any, Any] = {"/".join(case): distributed_run(rank, case) for case in CASES}
     results |= {"checked/" + "/".join(case): checked_run(rank, case) for case in BOTH}
+    results |= {"sampled/" + "/".join(case): sampled_run(rank, case) for case in BOTH}
     tensors = [torch.full((2, 3), rank + 1.0), torch.tensor(rank), torch.tensor(2.0 * rank), torch.zeros(0)]
     results["sums"] = sum_over_ranks(tensors, torch.distributed.group.WORLD)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -205,6 +224,21 @@ def test_ranks_judge_a_step_by_the_loss_of_all(ranks: Any, case: tuple[str, str]
         for name in {"reduction_ratio", "rejected", "damping"} & single.keys():
             assert float(one[name]) == pytest.approx(float(single[name]), rel=1e-6), name
     assert [float(one["rejected"]) for one in first["stats"] if "rejected" in one][0] == 0
+
+
+@pytest.mark.parametrize("case", BOTH, ids="/".join)
+def test_ranks_share_what_each_sampled(ranks: Any, case: tuple[str, str]) -> None:
+    """The factors are the means of what the ranks draw for their own halves, and all ranks make one step of them."""
+    first, second = (rank["sampled/" + "/".join(case)] for rank in ranks)
+    assert torch.equal(first["weights"], second["weights"])
+    assert all(torch.equal(value, second["stats"][name]) for name, value in first["stats"].items())
+    for one, other in zip(first["factors"], second["factors"], strict=True):
+        for name, pair in one.items():
+            assert all(torch.equal(x, y) for x, y in zip(pair, other[name], strict=True)), name
+    halves = [sampled_run(rank, case, alone=True)["factors"][0] for rank in range(2)]
+    for name, pair in first["factors"][0].items():
+        for x, *parts in zip(pair, *(half[name] for half in halves), strict=True):
+            assert truth.relative_error(x, torch.stack(parts).mean(0)) < 1e-10, name
 
 
 def test_sums_over_ranks(ranks: Any) -> None:
