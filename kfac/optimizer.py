@@ -364,7 +364,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; those without a block are trained by AdamW."""
+        """Add parameters; those without a block are trained by AdamW.
+
+        Raises:
+            ValueError: for a key that a group cannot have, or `first_order=False` with a parameter that has no block.
+        """
         owned = {id(p) for block in self.blocks for p in block.parameters}
         super().add_param_group(param_groups.added(dict(param_group), self._names, owned, self._fallback))
 
