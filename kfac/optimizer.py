@@ -390,18 +390,51 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the curvature beside it: plain tensors and numbers, keyed by parameter and layer names."""
-        return {**super().state_dict(), "curvature": self._curvature.state_dict(), "rule": self._rule.save()}
+        """As in torch, with the curvature beside it: plain tensors and numbers, all of which the hooks see.
+
+        Curvature is keyed by the layers' names. Momentum and AdamW's state are keyed by numbers, as in torch, and the
+        groups' `param_names` say whose. A group's `damping` that is a callable is saved as None.
+        """
+        first = self.register_state_dict_post_hook(lambda _, state: self._complete(state), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
+
+    def _complete(self, state_dict: dict[str, Any]) -> None:
+        """Put into a state what torch does not know of, and take out what a file cannot hold."""
+        for group in state_dict["param_groups"]:
+            if callable(group["damping"]):
+                group["damping"] = None
+        state_dict |= {"curvature": self._curvature.state_dict(), "rule": self._rule.save()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`, to the very same numbers.
+        """Continue from `state_dict`, to the very same numbers. Groups keep a `damping` that is a callable.
 
         Raises:
             ValueError: when the saved layers are not those of this model.
         """
-        self._curvature.check(state_dict.get("curvature"))
-        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("curvature", "rule")})
-        self._curvature.load_state_dict(state_dict["curvature"])
-        self._rule.load(state_dict["rule"], self.param_groups[0]["params"][0].device)
-        self._arm()
+        dampings = [group["damping"] for group in self.param_groups]
+        given: dict[str, Any] = {}
+
+        def begin(_: Any, state: dict[str, Any]) -> None:
+            self._curvature.check(state.get("curvature"))
+            given.update(state)
+
+        def end(_: Any) -> None:
+            for group, damping in zip(self.param_groups, dampings, strict=True):
+                if group["damping"] is None and callable(damping):
+                    group["damping"] = damping
+            self._curvature.load_state_dict(given["curvature"])
+            self._rule.load(given["rule"], self.param_groups[0]["params"][0].device)
+            self._arm()
+
+        # Around torch's own part, inside the hooks of others: those may bring the state and see what became of it.
+        last = self.register_load_state_dict_pre_hook(begin)
+        first = self.register_load_state_dict_post_hook(end, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()

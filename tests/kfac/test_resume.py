@@ -81,6 +81,47 @@ def test_a_saved_state_does_not_change_when_training_goes_on(optimizer: Any) -> 
     assert not torch.equal(weights(third), reference)
 
 
+def module_damping(step: int) -> float:
+    return 0.1 + 0.01 * step
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("kind", ["lambda", "function of a module"])
+def test_a_damping_function_of_a_group_is_not_saved_and_stays_as_it_is_given(optimizer: Any, kind: str) -> None:
+    def make() -> tuple[Problem, Any]:
+        problem = BY_NAME["mlp-ce-mean"].make()
+        damping = module_damping if kind == "function of a module" else lambda step: module_damping(step)
+        group = {"params": list(problem.model.get_submodule("2").parameters()), "damping": damping}
+        return problem, optimizer(problem.model, loss=problem.criterion, groups=[group], **SETTINGS["fixed"])
+
+    straight, used = make()
+    for count in range(6):
+        if count == 3:
+            saved = through_a_file({"model": straight.model.state_dict(), "optimizer": used.state_dict()})
+            assert [group["damping"] for group in saved["optimizer"]["param_groups"]] == [None, None]
+        truth.step(used, straight)
+    assert callable(used.param_groups[1]["damping"]), "saving took it away"
+    resumed, other = make()
+    own = other.param_groups[1]["damping"]
+    resumed.model.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    assert other.param_groups[0]["damping"] is None and other.param_groups[1]["damping"] is own
+    for _ in range(3):
+        truth.step(other, resumed)
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+@OPTIMIZERS
+def test_a_damping_of_a_group_that_is_a_number_is_loaded(optimizer: Any) -> None:
+    problem, other = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    group = {"params": list(problem.model.get_submodule("2").parameters()), "damping": 0.7}
+    saved = optimizer(problem.model, loss=problem.criterion, groups=[group]).state_dict()
+    group = {"params": list(other.model.get_submodule("2").parameters()), "damping": module_damping}
+    loaded = optimizer(other.model, loss=other.criterion, groups=[group])
+    loaded.load_state_dict(through_a_file(saved))
+    assert [group["damping"] for group in loaded.param_groups] == [None, 0.7]
+
+
 @OPTIMIZERS
 def test_state_of_another_model_is_refused_in_one_line(optimizer: Any) -> None:
     problem, other = BY_NAME["mlp-ce-mean"].make(), BY_NAME["convnet-plain"].make()
