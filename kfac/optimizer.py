@@ -426,6 +426,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             for group, damping in zip(self.param_groups, dampings, strict=True):
                 if group["damping"] is None and callable(damping):
                     group["damping"] = damping
+            self._load_momentum(given)
             self._curvature.load_state_dict(given["curvature"])
             self._rule.load(given["rule"], self.param_groups[0]["params"][0].device)
             self._arm()
@@ -438,3 +439,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         finally:
             last.remove()
             first.remove()
+
+    def _load_momentum(self, saved: dict[str, Any]) -> None:
+        """In the dtype of the blocks, of which torch makes the parameters' own, be it a half precision."""
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        number_of = dict(zip(parameters, numbers, strict=True))
+        for block in self.blocks:
+            parameter = block.parameters[0]
+            if "momentum_buffer" in self.state.get(parameter, {}):
+                buffer = saved["state"][number_of[parameter]]["momentum_buffer"]
+                self.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, block.dtype, copy=True)

@@ -63,6 +63,39 @@ def test_saved_and_loaded_training_goes_on_bit_for_bit(optimizer: Any, setting: 
 
 
 @OPTIMIZERS
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_training_of_half_precision_parameters_goes_on_bit_for_bit(
+    optimizer: Any, setting: str, dtype: torch.dtype
+) -> None:
+    """Their momentum is kept in single precision."""
+
+    def make() -> tuple[Problem, Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
+            problem = Problem(model.to(dtype), nn.CrossEntropyLoss(), torch.randint(7, (8,)), torch.randint(3, (8,)))
+        return problem, optimizer(problem.model, loss=problem.criterion, **SETTINGS[setting])
+
+    straight, used = make()
+    for count in range(8):
+        if count == 4:
+            saved = through_a_file({"model": straight.model.state_dict(), "optimizer": used.state_dict()})
+            middle = weights(straight)
+        truth.step(used, straight)
+    resumed, other = make()
+    resumed.model.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    for _ in range(4):
+        truth.step(other, resumed)
+    assert torch.equal(weights(straight), weights(resumed)) and not torch.equal(weights(straight), middle)
+    for p, q in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        one, two = (state.get("momentum_buffer") for state in (used.state[p], other.state[q]))
+        assert (one is None) == (two is None)
+        assert one is None or (one.dtype == two.dtype == torch.float32 and torch.equal(one, two))
+
+
+@OPTIMIZERS
 def test_a_saved_state_does_not_change_when_training_goes_on(optimizer: Any) -> None:
     problem = BY_NAME["mlp-ce-mean"].make()
     used = optimizer(problem.model, loss=problem.criterion)
