@@ -187,10 +187,11 @@ class Curvature:
         checked = [*tensors, *self.collector.values(), *diagonals]
         if not checked:
             return torch.ones((), dtype=torch.bool)
-        # A sum is finite only if every entry is. On a CPU sums are several times faster than norms, elsewhere one call
-        # for all tensors is.
-        on_host = checked[0].device.type == "cpu"
-        sums = [x.sum() for x in checked] if on_host else list(torch._foreach_norm(checked, 1))
+        # A sum is finite only if every entry is; of float16 it may overflow nevertheless. On a CPU sums are several times
+        # faster than norms, elsewhere one call for all tensors is.
+        checked = [x.float() if x.dtype == torch.float16 else x for x in checked]
+        joined = worth_joining(checked[0].device)
+        sums = list(torch._foreach_norm(checked, 1)) if joined else [x.sum() for x in checked]
         return torch.stack(sums).isfinite().all()
 
     # Averages, damping, preconditioners.
