@@ -187,8 +187,8 @@ class Curvature:
         checked = [*tensors, *self.collector.values(), *diagonals]
         if not checked:
             return torch.ones((), dtype=torch.bool)
-        # A sum is finite only if every entry is; of float16 it may overflow nevertheless. On a CPU sums are several times
-        # faster than norms, elsewhere one call for all tensors is.
+        # A sum is finite only if every entry is; in float16 it may overflow nevertheless. On a CPU sums are several
+        # times faster than norms, elsewhere one call for all tensors is.
         checked = [x.float() if x.dtype == torch.float16 else x for x in checked]
         joined = worth_joining(checked[0].device)
         sums = list(torch._foreach_norm(checked, 1)) if joined else [x.sum() for x in checked]
@@ -378,7 +378,7 @@ class Curvature:
             raise ValueError("state_dict: its layers are not those of the model")
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from `state_dict`, to the very same numbers."""
+        """Continue from `state_dict`, to the very same numbers, with the generators of devices that are here."""
         self.check(saved)
         by_name = {block.name: block for block in self.blocks}
         self.step, self._factors_at, self._inverses_at = saved["steps"]
@@ -387,8 +387,7 @@ class Curvature:
         self.base_damping, self.mean_curvature = scalars.get("damping"), scalars.get("mean_curvature")
         self.trust = scalars.get("trust")
         self.dampings = {by_name[name]: value.to(device, copy=True) for name, value in saved["dampings"].items()}
-        for key, state in saved["generators"].items():
-            self.collector.generator(torch.device(key)).set_state(state.cpu())
+        self.collector.load_generators(saved["generators"])
         self.states = {}
         for name, state in saved["layers"].items():
             self.states[by_name[name]] = BlockState.of(by_name[name])

@@ -66,7 +66,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         inverse_interval: steps between inverses, likewise; None is 10, and with `lr` 100, reached gradually.
         preconditioning_dtype: dtype of the two products that precondition, torch.bfloat16 or its name; None keeps the
             parameters' own. With bfloat16 a CPU also rounds to it what it multiplies for sampled statistics.
-        generator: source of the sampled vectors; None is an own one for each device, seeded 0.
+        generator: source of the sampled vectors; None is an own one for each device, seeded 0. Where the model is on
+            another device than the generator, that device's own one begins with the generator's seed.
         groups: parameter groups as in torch, dicts with "params" and any of "lr", "momentum", "weight_decay",
             "damping"; "first_order": True gives a group to AdamW. Parameters in none are in a default group. A layer
             moves by its weight's group; of a bias in another one only the weight decay is that group's.
@@ -411,6 +412,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`, to the very same numbers. Groups keep a `damping` that is a callable.
+
+        Generators of sampled vectors belong to a device: after a move to another one vectors come from that one's own
+        generator, as it is, and those of devices that are not here are left out.
 
         Raises:
             ValueError: when the saved layers are not those of this model.

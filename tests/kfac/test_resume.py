@@ -114,6 +114,26 @@ def test_a_saved_state_does_not_change_when_training_goes_on(optimizer: Any) -> 
     assert not torch.equal(weights(third), reference)
 
 
+@OPTIMIZERS
+@pytest.mark.parametrize("setting", ["self-tuning-sampled", "fixed-relative-sampled"])
+def test_a_generator_of_a_device_that_is_not_here_is_left_out(optimizer: Any, setting: str) -> None:
+    """What was saved on a GPU goes on elsewhere, with the draws of that device's own generator."""
+    straight = BY_NAME["mlp-ce-mean"].make()
+    used = optimizer(straight.model, loss=straight.criterion, **SETTINGS[setting])
+    for _ in range(3):
+        truth.step(used, straight)
+    resumed = straight.copy()
+    other = optimizer(resumed.model, loss=resumed.criterion, **SETTINGS[setting])
+    saved = through_a_file(used.state_dict())
+    saved["curvature"]["generators"] = {f"cuda:{torch.cuda.device_count()}": torch.zeros(16, dtype=torch.uint8)}
+    other.load_state_dict(saved)
+    used._curvature.collector.generators[torch.device("cpu")].manual_seed(0)  # where a new one begins
+    for _ in range(3):
+        truth.step(used, straight)
+        truth.step(other, resumed)
+    assert torch.equal(weights(straight), weights(resumed))
+
+
 def module_damping(step: int) -> float:
     return 0.1 + 0.01 * step
 
