@@ -369,13 +369,21 @@ class Curvature:
         }
 
     def check(self, saved: Any) -> None:
-        """Raise ValueError when a state was not saved by this method, or not for these layers."""
-        if not isinstance(saved, dict) or not {"blocks", "layers", "kind", "method"} <= saved.keys():
+        """Raise ValueError when a state was not saved by this method with these arguments, or not for these layers."""
+        if not isinstance(saved, dict) or not self.state_dict().keys() <= saved.keys():
             raise ValueError("state_dict: it has no curvature; allowed: what state_dict() of the same class gave")
         if saved["kind"] != self.method.name:
             raise ValueError(f"state_dict: it was saved by {saved['kind']}; allowed: by {self.method.name}")
         if [block.name for block in self.blocks] != saved["blocks"]:
             raise ValueError("state_dict: its layers are not those of the model")
+        for block in self.blocks:
+            layer = saved["layers"].get(block.name)
+            if layer and (not block.initialised() or BlockState.shapes(block) != (layer["A"].shape, layer["G"].shape)):
+                raise ValueError(
+                    f"state_dict: factors of layer {block.name!r} have another size; allowed: those of the same model "
+                    "with the same max_factor_size"
+                )
+        self.method.check(saved["method"], saved["layers"])
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue from `state_dict`, to the very same numbers, with the generators of devices that are here."""

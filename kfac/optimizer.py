@@ -417,13 +417,17 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         generator, as it is, and those of devices that are not here are left out.
 
         Raises:
-            ValueError: when the saved layers are not those of this model.
+            ValueError: when the saved layers are not those of this model, or were saved by another method, solver or
+                step rule; nothing is changed then.
         """
         dampings = [group["damping"] for group in self.param_groups]
         given: dict[str, Any] = {}
 
         def begin(_: Any, state: dict[str, Any]) -> None:
             self._curvature.check(state.get("curvature"))
+            if state.get("rule", {}).keys() != self._rule.save().keys():
+                allowed = "one saved without lr" if self.self_tuning else "one saved with lr=<number>"
+                raise ValueError(f"state_dict: it is of another step rule; allowed: {allowed}")
             given.update(state)
 
         def end(_: Any) -> None:

@@ -74,13 +74,14 @@ class FixedRule:
         self.kl_clip = kl_clip
         self.room: Tensor | None = None
 
-    def save(self) -> dict[str, Tensor]:
-        """What the rule remembers between steps."""
-        return {} if self.room is None else {"room": self.room}
+    def save(self) -> dict[str, Tensor | None]:
+        """What the rule remembers between steps, None before the first."""
+        return {"room": self.room}
 
-    def load(self, saved: dict[str, Tensor], device: torch.device) -> None:
+    def load(self, saved: dict[str, Tensor | None], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""
-        self.room = saved["room"].to(device, copy=True) if saved else None
+        room = saved["room"]
+        self.room = None if room is None else room.to(device, copy=True)
 
     def __call__(self, problem: Problem) -> Plan:
         groups = problem.groups
@@ -132,13 +133,14 @@ class SelfTuningRule:
         self.least_momentum = least_momentum
         self.alpha_mean: Tensor | None = None
 
-    def save(self) -> dict[str, Tensor]:
-        """What the rule remembers between steps."""
-        return {} if self.alpha_mean is None else {"alpha_mean": self.alpha_mean}
+    def save(self) -> dict[str, Tensor | None]:
+        """What the rule remembers between steps, None before the first."""
+        return {"alpha_mean": self.alpha_mean}
 
-    def load(self, saved: dict[str, Tensor], device: torch.device) -> None:
+    def load(self, saved: dict[str, Tensor | None], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""
-        self.alpha_mean = saved["alpha_mean"].to(device, copy=True) if saved else None
+        mean = saved["alpha_mean"]
+        self.alpha_mean = None if mean is None else mean.to(device, copy=True)
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from typing import Any
@@ -182,6 +183,86 @@ def test_state_of_another_model_is_refused_in_one_line(optimizer: Any) -> None:
     with pytest.raises(ValueError) as caught:
         optimizer(other.model, loss=other.criterion).load_state_dict(saved)
     assert "\n" not in str(caught.value)
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(equal(x, y) for x, y in zip(one, other, strict=True))
+    return one == other
+
+
+def wider() -> Problem:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    problem.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return problem
+
+
+NET, WIDER = BY_NAME["mlp-ce-mean"].make, wider
+FIXED, TUNED = SETTINGS["fixed"], SETTINGS["self-tuning"]
+SPACE: dict[str, Any] = {"coarse_space": "constant"}
+Made = tuple[Any, dict[str, Any], Any]  # an optimizer, its options, its problem
+MISMATCHES: dict[str, tuple[Made, Made, list[str]]] = {
+    # name: (what was saved, what is to load it, words of the line)
+    "cholesky into eigh": ((KFAC, TUNED, NET), (KFAC, {"solver": "eigh"}, NET), ["values", "solver"]),
+    "eigh into cholesky": ((KFAC, {"solver": "eigh"}, NET), (KFAC, TUNED, NET), ["inverse_a", "solver"]),
+    "two-level cholesky into eigh": ((GKFAC, FIXED, NET), (GKFAC, {**FIXED, "solver": "eigh"}, NET), ["values"]),
+    "krylov into spectral": ((GKFAC, FIXED, NET), (GKFAC, {**FIXED, "coarse_space": "spectral"}, NET), ["leading"]),
+    "exact into kronecker": (
+        (GKFAC, {**FIXED, **SPACE}, NET), (GKFAC, {**FIXED, **SPACE, "coarse_fisher": "kronecker"}, NET),
+        ["coarse_fisher"],
+    ),
+    "K-FAC into E-KFAC": ((KFAC, TUNED, NET), (EKFAC, TUNED, NET), ["K-FAC", "E-KFAC"]),
+    "fixed into self-tuning": ((KFAC, FIXED, NET), (KFAC, TUNED, NET), ["without lr"]),
+    "fixed without a clip into self-tuning": ((KFAC, {**FIXED, "kl_clip": None}, NET), (KFAC, {}, NET), ["without lr"]),
+    "self-tuning into fixed": ((EKFAC, TUNED, NET), (EKFAC, FIXED, NET), ["lr=<number>"]),
+    "another width": ((KFAC, TUNED, WIDER), (KFAC, TUNED, NET), ["'0'", "size"]),
+    "diagonals": ((EKFAC, {"max_factor_size": 4}, NET), (EKFAC, TUNED, NET), ["'0'", "max_factor_size"]),
+}  # fmt: skip
+
+
+def started(made: Made) -> tuple[Problem, Any]:
+    optimizer, options, make = made
+    problem = make()
+    used = optimizer(problem.model, loss=problem.criterion, **options)
+    for _ in range(3):
+        truth.step(used, problem)
+    return problem, used
+
+
+@pytest.mark.parametrize("name", list(MISMATCHES))
+def test_state_of_other_arguments_is_refused_in_one_line_before_anything_changes(name: str) -> None:
+    saved, loading, words = MISMATCHES[name]
+    state = through_a_file(started(saved)[1].state_dict())
+    refused_and_unchanged(loading, state, words)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("missing", ["rule", "curvature", "group", *("steps", "scalars", "generators", "layers")])
+def test_a_state_that_lacks_a_part_is_refused_in_one_line_before_anything_changes(optimizer: Any, missing: str) -> None:
+    state = through_a_file(started((optimizer, TUNED, NET))[1].state_dict())
+    if missing == "group":
+        state["param_groups"] = []
+    else:
+        del (state if missing in state else state["curvature"])[missing]
+    refused_and_unchanged((optimizer, TUNED, NET), state, [])
+
+
+def refused_and_unchanged(loading: Made, state: Any, words: list[str]) -> None:
+    (problem, used), (twin, other) = started(loading), started(loading)
+    before = copy.deepcopy(used.state_dict())
+    with pytest.raises(ValueError, match=r"state.dict") as caught:
+        used.load_state_dict(state)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert equal(used.state_dict(), before)
+    for _ in range(3):
+        truth.step(used, problem)
+        truth.step(other, twin)
+    assert torch.equal(weights(problem), weights(twin)), "training went on otherwise than without the attempt"
 
 
 # Bad batches
