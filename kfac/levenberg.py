@@ -89,7 +89,7 @@ class LevenbergMarquardt:
         _set_random_state(self._random)
         try:
             with torch.enable_grad(), self._curvature.paused():
-                value = torch.as_tensor(closure()).detach()
+                value = torch.as_tensor(closure(), device=next(self._model.parameters()).device).detach()
         finally:
             _set_random_state(now)
         for buffer, kept in buffers:
