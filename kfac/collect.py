@@ -7,6 +7,7 @@ weights are what the backward put on each criterion's value, so k micro-batches 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ class Collector:
     Args:
         criterion: the loss (see losses.py).
         fisher, fisher_samples: as in `KroneckerOptimizer`.
-        generator: source of sampled vectors; None is an own one for each device, seeded 0.
+        generator: source of sampled vectors on its device; on others it gives its seed to an own one, None is seed 0.
         keeps_rows: whether rows of a statistics step are to be kept in `factor_rows`: of the vectors of the factors, or
             where those are too many of one vector, their sum with random signs.
         enough: where vectors are sampled, from so many examples on the factors are made of a part of the batch.
@@ -56,6 +57,7 @@ class Collector:
         self.fisher, self.samples, self.keeps_rows, self.enough = fisher, fisher_samples, keeps_rows, enough
         self.rounds, self.rounding = rounds, False
         self.generators = {generator.device: generator} if generator is not None else {}
+        self.seed = 0 if generator is None else generator.initial_seed()
         self.factors_due = self.model_due = self.exact_model = False
         self.clear()
 
@@ -112,8 +114,14 @@ class Collector:
 
     def generator(self, device: torch.device) -> torch.Generator:
         if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(0)
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self.generators[device]
+
+    def load_generators(self, states: Mapping[str, Tensor]) -> None:
+        """Go on from the saved states, by device; one of a device that is not here is left out."""
+        for name, state in states.items():
+            if _here(torch.device(name)):
+                self.generator(torch.device(name)).set_state(state.cpu())
 
     def receive(self, batch: Batch) -> bool:
         """Take a batch's curvature; False where its output does not depend on the layers that were called."""
@@ -230,3 +238,11 @@ class Collector:
                 continue
             new = *rows.moment_a(block, a, g, mask, taken.vectors), new_g
             self.sums[block] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]
+
+
+def _here(device: torch.device) -> bool:
+    """Whether this machine has a device."""
+    if device.type == "cpu":
+        return True
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found is not None and found.type == device.type and (device.index or 0) < torch.accelerator.device_count()

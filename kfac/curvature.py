@@ -187,10 +187,11 @@ class Curvature:
         checked = [*tensors, *self.collector.values(), *diagonals]
         if not checked:
             return torch.ones((), dtype=torch.bool)
-        # A sum is finite only if every entry is. On a CPU sums are several times faster than norms, elsewhere one call
-        # for all tensors is.
-        on_host = checked[0].device.type == "cpu"
-        sums = [x.sum() for x in checked] if on_host else list(torch._foreach_norm(checked, 1))
+        # A sum is finite only if every entry is; in float16 it may overflow nevertheless. On a CPU sums are several
+        # times faster than norms, elsewhere one call for all tensors is.
+        checked = [x.float() if x.dtype == torch.float16 else x for x in checked]
+        joined = worth_joining(checked[0].device)
+        sums = list(torch._foreach_norm(checked, 1)) if joined else [x.sum() for x in checked]
         return torch.stack(sums).isfinite().all()
 
     # Averages, damping, preconditioners.
@@ -313,6 +314,11 @@ class Curvature:
         """Tensors summed over the processes of `DistributedDataParallel`."""
         return distributed.sum_over_ranks(tensors, self._capture.process_group)
 
+    def mean_over_ranks(self, tensor: Tensor) -> Tensor:
+        """A tensor's mean over the processes of `DistributedDataParallel`, which is how those weigh their losses."""
+        total, count = self.sum_over_ranks([tensor, torch.ones_like(tensor)])
+        return total / count
+
     def finish(self, finite: Tensor) -> None:
         """Count a step that was made."""
         if self._factors_due and self.collector.weights:
@@ -363,16 +369,24 @@ class Curvature:
         }
 
     def check(self, saved: Any) -> None:
-        """Raise ValueError when a state was not saved by this method, or not for these layers."""
-        if not isinstance(saved, dict) or not {"blocks", "layers", "kind", "method"} <= saved.keys():
+        """Raise ValueError when a state was not saved by this method with these arguments, or not for these layers."""
+        if not isinstance(saved, dict) or not self.state_dict().keys() <= saved.keys():
             raise ValueError("state_dict: it has no curvature; allowed: what state_dict() of the same class gave")
         if saved["kind"] != self.method.name:
             raise ValueError(f"state_dict: it was saved by {saved['kind']}; allowed: by {self.method.name}")
         if [block.name for block in self.blocks] != saved["blocks"]:
             raise ValueError("state_dict: its layers are not those of the model")
+        for block in self.blocks:
+            layer = saved["layers"].get(block.name)
+            if layer and (not block.initialised() or BlockState.shapes(block) != (layer["A"].shape, layer["G"].shape)):
+                raise ValueError(
+                    f"state_dict: factors of layer {block.name!r} have another size; allowed: those of the same model "
+                    "with the same max_factor_size"
+                )
+        self.method.check(saved["method"], saved["layers"])
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from `state_dict`, to the very same numbers."""
+        """Continue from `state_dict`, to the very same numbers, with the generators of devices that are here."""
         self.check(saved)
         by_name = {block.name: block for block in self.blocks}
         self.step, self._factors_at, self._inverses_at = saved["steps"]
@@ -381,8 +395,7 @@ class Curvature:
         self.base_damping, self.mean_curvature = scalars.get("damping"), scalars.get("mean_curvature")
         self.trust = scalars.get("trust")
         self.dampings = {by_name[name]: value.to(device, copy=True) for name, value in saved["dampings"].items()}
-        for key, state in saved["generators"].items():
-            self.collector.generator(torch.device(key)).set_state(state.cpu())
+        self.collector.load_generators(saved["generators"])
         self.states = {}
         for name, state in saved["layers"].items():
             self.states[by_name[name]] = BlockState.of(by_name[name])

@@ -27,6 +27,7 @@ class KroneckerEigenMethod(Method):
     name = "E-KFAC"
     keeps_rows = True
     solves_with = (*BASES, "scales")
+    keeps = ("values", "scales", "scale_count")
 
     def __init__(
         self,

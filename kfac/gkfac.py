@@ -46,6 +46,8 @@ class TwoLevelMethod(KroneckerMethod):
         if coarse_fisher == "kronecker" and coarse_space != "constant":
             raise ValueError(f"coarse_fisher='kronecker' with coarse_space={coarse_space!r}; allowed: 'constant'")
         self.coarse_space, self.combination, self.coarse_fisher = coarse_space, combination, coarse_fisher
+        if coarse_space == "spectral":
+            self.keeps += ("leading",)
         self._kept: list[Rows] = []
         self._usable = torch.ones((), dtype=torch.bool)  # whether the rows are finite
         self._sums: dict[str, Tensor] = {}  # of the Kronecker form: averages over all blocks, and their count
@@ -238,6 +240,13 @@ class TwoLevelMethod(KroneckerMethod):
             "places": {block.name: place for block, place in self._places.items()},
             "moves": {block.name: move for block, move in self._moves.items()},
         }
+
+    def check(self, saved: dict[str, Any], layers: dict[str, dict[str, Any]]) -> None:
+        super().check(saved, layers)
+        if self.coarse_fisher == "kronecker" and saved["kept"] and not saved["sums"]:
+            raise ValueError(
+                "state_dict: it has no sums of the Kronecker form; allowed: one saved with coarse_fisher='kronecker'"
+            )
 
     def load(self, saved: dict[str, Any], blocks: dict[str, Block], device: torch.device) -> None:
         self._kept = [

@@ -50,8 +50,7 @@ def split(
         _check(settings, f"groups[{number}]", fallback)
         for p in parameters:
             if id(p) not in names:
-                what = f"a tensor {list(p.shape)}" if isinstance(p, Tensor) else repr(p)
-                raise ValueError(f"groups[{number}]: {what} is not a parameter of the model")
+                raise ValueError(f"groups[{number}]: {_shown(p, names)} is not a parameter of the model")
             if id(p) in taken:
                 raise ValueError(f"groups[{number}]: parameter {names[id(p)]!r} is already in another group")
             taken.add(id(p))
@@ -75,12 +74,21 @@ def split(
 
 
 def added(group: dict[str, Any], names: dict[int, str], owned: set[int], fallback: Fallback) -> dict[str, Any]:
-    """A group for `add_param_group`: first-order unless all of it belongs to blocks, and with names."""
+    """A group for `add_param_group`: first-order unless all of it belongs to blocks, and with names.
+
+    Raises:
+        ValueError: for a key that a group cannot have, or `first_order=False` with a parameter that has no block.
+    """
     parameters = parameters_of(group)
     settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    if "first_order" not in settings and any(id(p) not in owned for p in parameters):
+    without = [p for p in parameters if id(p) not in owned]
+    if settings.get("first_order", bool(without)):
         settings = {**fallback.group([]), **settings}
     _check(settings, "param_group", fallback)
+    if without and not settings.get("first_order"):
+        raise ValueError(
+            f"param_group: first_order=False with {_shown(without[0], names)}, which has no block; allowed: True"
+        )
     for p in parameters:
         names.setdefault(id(p), f"added.{len(names)}")
     return {**settings, "params": _named(parameters, names)}
@@ -104,3 +112,10 @@ def _check(settings: dict[str, Any], where: str, fallback: Fallback) -> None:
 
 def _named(parameters: Iterable[nn.Parameter], names: dict[int, str]) -> list[tuple[str, nn.Parameter]]:
     return [(names[id(p)], p) for p in parameters]
+
+
+def _shown(p: Any, names: dict[int, str]) -> str:
+    """A parameter as messages have it."""
+    if id(p) in names:
+        return f"parameter {names[id(p)]!r}"
+    return f"a tensor {list(p.shape)}" if isinstance(p, Tensor) else repr(p)

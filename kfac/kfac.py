@@ -31,6 +31,7 @@ class KroneckerMethod(Method):
         check_options({"solver": solver, "preconditioning_dtype": preconditioning_dtype})
         self.solver, self.dtype = solver, dtype_of(preconditioning_dtype)
         self.solves_with = INVERSES if solver == "cholesky" else (*BASES, "values")
+        self.keeps = INVERSES if solver == "cholesky" else ("values",)
 
     def refresh(
         self, blocks: Sequence[Block], states: Sequence[BlockState], dampings: Sequence[Tensor]

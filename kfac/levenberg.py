@@ -65,6 +65,7 @@ class LevenbergMarquardt:
         predicted = slope + 0.5 * bend
         after = self._evaluate(closure)
         change = after - torch.as_tensor(before, device=after.device).detach()
+        change = self._curvature.mean_over_ranks(change)  # all ranks keep a step or take it back
         ratio = change / predicted
         trust = self._curvature.trust
         trust = torch.ones_like(ratio) if trust is None else trust
@@ -88,7 +89,7 @@ class LevenbergMarquardt:
         _set_random_state(self._random)
         try:
             with torch.enable_grad(), self._curvature.paused():
-                value = torch.as_tensor(closure()).detach()
+                value = torch.as_tensor(closure(), device=next(self._model.parameters()).device).detach()
         finally:
             _set_random_state(now)
         for buffer, kept in buffers:

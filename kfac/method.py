@@ -26,6 +26,7 @@ class Method:
     least_momentum = 0.3  # of the self-tuning rule: 0.4 and more is faster without noise, and stays high with it
     dtype: torch.dtype | None = None  # of the products that precondition, None for the parameters' own
     solves_with: tuple[str, ...] = ()  # the tensors of `BlockState.solver` that `solve` reads, [K, ...] each
+    keeps: tuple[str, ...] = ()  # the tensors that every renewed `BlockState.solver` has
 
     def __init__(self) -> None:
         self.stacks = Stacks()
@@ -62,6 +63,17 @@ class Method:
     def save(self) -> dict[str, Any]:
         """What the method keeps beside the blocks' states: plain tensors and numbers."""
         return {}
+
+    def check(self, saved: dict[str, Any], layers: dict[str, dict[str, Any]]) -> None:
+        """Raise ValueError where what `save` gave, or the saved blocks' states, are of other arguments than these."""
+        for name, layer in layers.items():
+            kept = {key.removeprefix("solver.") for key in layer if key.startswith("solver.")}
+            missing = [key for key in self.keeps if kept and key not in kept]
+            if missing:
+                raise ValueError(
+                    f"state_dict: layer {name!r} has no {missing[0]!r}, which this solver or coarse space works with; "
+                    "allowed: one saved with the same"
+                )
 
     def load(self, saved: dict[str, Any], blocks: dict[str, Block], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""

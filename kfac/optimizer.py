@@ -41,8 +41,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         loss: the criterion that the training loop calls and minimises (see kfac.losses).
         lr: None for the self-tuning step; a number for the papers' fixed rule.
         momentum: coefficient of the fixed rule; it averages gradients before they are preconditioned. When self-tuning
-            the quadratic model chooses the coefficient in [0.3, 0.95] ([0, 0.95] for `GKFAC`), and 0 here switches it
-            off.
+            the quadratic model chooses one coefficient in [0.3, 0.95] ([0, 0.95] for `GKFAC`) for all groups but
+            those where 0 switches it off.
         damping: absolute lambda, or a callable of the step; None for `relative_damping`. A group may have its own.
         relative_damping: lambda in units of the mean curvature per parameter, sum_l tr A_l tr G_l / sum_l numel_l, a
             number or a callable of the step. It has no unit, so 0.5 serves all losses, reductions and widths (found on
@@ -66,7 +66,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         inverse_interval: steps between inverses, likewise; None is 10, and with `lr` 100, reached gradually.
         preconditioning_dtype: dtype of the two products that precondition, torch.bfloat16 or its name; None keeps the
             parameters' own. With bfloat16 a CPU also rounds to it what it multiplies for sampled statistics.
-        generator: source of the sampled vectors; None is an own one for each device, seeded 0.
+        generator: source of the sampled vectors; None is an own one for each device, seeded 0. Where the model is on
+            another device than the generator, that device's own one begins with the generator's seed.
         groups: parameter groups as in torch, dicts with "params" and any of "lr", "momentum", "weight_decay",
             "damping"; "first_order": True gives a group to AdamW. Parameters in none are in a default group. A layer
             moves by its weight's group; of a bias in another one only the weight decay is that group's.
@@ -364,7 +365,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; those without a block are trained by AdamW."""
+        """Add parameters; those without a block are trained by AdamW.
+
+        Raises:
+            ValueError: for a key that a group cannot have, or `first_order=False` with a parameter that has no block.
+        """
         owned = {id(p) for block in self.blocks for p in block.parameters}
         super().add_param_group(param_groups.added(dict(param_group), self._names, owned, self._fallback))
 
@@ -386,18 +391,70 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the curvature beside it: plain tensors and numbers, keyed by parameter and layer names."""
-        return {**super().state_dict(), "curvature": self._curvature.state_dict(), "rule": self._rule.save()}
+        """As in torch, with the curvature beside it: plain tensors and numbers, all of which the hooks see.
+
+        Curvature is keyed by the layers' names. Momentum and AdamW's state are keyed by numbers, as in torch, and the
+        groups' `param_names` say whose. A group's `damping` that is a callable is saved as None.
+        """
+        first = self.register_state_dict_post_hook(lambda _, state: self._complete(state), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
+
+    def _complete(self, state_dict: dict[str, Any]) -> None:
+        """Put into a state what torch does not know of, and take out what a file cannot hold."""
+        for group in state_dict["param_groups"]:
+            if callable(group["damping"]):
+                group["damping"] = None
+        state_dict |= {"curvature": self._curvature.state_dict(), "rule": self._rule.save()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`, to the very same numbers.
+        """Continue from `state_dict`, to the very same numbers. Groups keep a `damping` that is a callable.
+
+        Generators of sampled vectors belong to a device: after a move to another one vectors come from that one's own
+        generator, as it is, and those of devices that are not here are left out.
 
         Raises:
-            ValueError: when the saved layers are not those of this model.
+            ValueError: when the saved layers are not those of this model, or were saved by another method, solver or
+                step rule; nothing is changed then.
         """
-        self._curvature.check(state_dict.get("curvature"))
-        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("curvature", "rule")})
-        self._curvature.load_state_dict(state_dict["curvature"])
-        self._rule.load(state_dict["rule"], self.param_groups[0]["params"][0].device)
-        self._arm()
+        dampings = [group["damping"] for group in self.param_groups]
+        given: dict[str, Any] = {}
+
+        def begin(_: Any, state: dict[str, Any]) -> None:
+            self._curvature.check(state.get("curvature"))
+            if state.get("rule", {}).keys() != self._rule.save().keys():
+                allowed = "one saved without lr" if self.self_tuning else "one saved with lr=<number>"
+                raise ValueError(f"state_dict: it is of another step rule; allowed: {allowed}")
+            given.update(state)
+
+        def end(_: Any) -> None:
+            for group, damping in zip(self.param_groups, dampings, strict=True):
+                if group["damping"] is None and callable(damping):
+                    group["damping"] = damping
+            self._load_momentum(given)
+            self._curvature.load_state_dict(given["curvature"])
+            self._rule.load(given["rule"], self.param_groups[0]["params"][0].device)
+            self._arm()
+
+        # Around torch's own part, inside the hooks of others: those may bring the state and see what became of it.
+        last = self.register_load_state_dict_pre_hook(begin)
+        first = self.register_load_state_dict_post_hook(end, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
+
+    def _load_momentum(self, saved: dict[str, Any]) -> None:
+        """In the dtype of the blocks, of which torch makes the parameters' own, be it a half precision."""
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        number_of = dict(zip(parameters, numbers, strict=True))
+        for block in self.blocks:
+            parameter = block.parameters[0]
+            if "momentum_buffer" in self.state.get(parameter, {}):
+                buffer = saved["state"][number_of[parameter]]["momentum_buffer"]
+                self.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, block.dtype, copy=True)

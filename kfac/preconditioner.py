@@ -147,7 +147,8 @@ class Preconditioner:
         """Continue from `state_dict`, to the very same numbers.
 
         Raises:
-            ValueError: when the saved layers are not those of this model.
+            ValueError: when the saved layers are not those of this model, or were saved by another method or solver;
+                nothing is changed then.
         """
         self._curvature.load_state_dict(state_dict)
         self._curvature.arm(model_due=False)

@@ -74,13 +74,14 @@ class FixedRule:
         self.kl_clip = kl_clip
         self.room: Tensor | None = None
 
-    def save(self) -> dict[str, Tensor]:
-        """What the rule remembers between steps."""
-        return {} if self.room is None else {"room": self.room}
+    def save(self) -> dict[str, Tensor | None]:
+        """What the rule remembers between steps, None before the first."""
+        return {"room": self.room}
 
-    def load(self, saved: dict[str, Tensor], device: torch.device) -> None:
+    def load(self, saved: dict[str, Tensor | None], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""
-        self.room = saved["room"].to(device, copy=True) if saved else None
+        room = saved["room"]
+        self.room = None if room is None else room.to(device, copy=True)
 
     def __call__(self, problem: Problem) -> Plan:
         groups = problem.groups
@@ -122,7 +123,7 @@ class SelfTuningRule:
        times its running mean (and 1), `least_momentum` <= mu <= 0.95, with the curvature along both from vectors
        sampled for this very batch. The batch sees in its own gradient more than there is for others, and asks for
        too little of the last step, which came from them; so a part of that is kept. Where even the best such step
-       goes uphill, mu is 0.
+       goes uphill, mu is 0. For a group whose `momentum` is 0 the last step counts as none.
     2. What is added to the kept part is scaled down until the step promises at most a share of the loss above its
        floor: 0.02 at first, `max_decrease` from step `warmup` on.
     """
@@ -132,25 +133,28 @@ class SelfTuningRule:
         self.least_momentum = least_momentum
         self.alpha_mean: Tensor | None = None
 
-    def save(self) -> dict[str, Tensor]:
-        """What the rule remembers between steps."""
-        return {} if self.alpha_mean is None else {"alpha_mean": self.alpha_mean}
+    def save(self) -> dict[str, Tensor | None]:
+        """What the rule remembers between steps, None before the first."""
+        return {"alpha_mean": self.alpha_mean}
 
-    def load(self, saved: dict[str, Tensor], device: torch.device) -> None:
+    def load(self, saved: dict[str, Tensor | None], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""
-        self.alpha_mean = saved["alpha_mean"].to(device, copy=True) if saved else None
+        mean = saved["alpha_mean"]
+        self.alpha_mean = None if mean is None else mean.to(device, copy=True)
 
     def __call__(self, problem: Problem) -> Plan:
         assert problem.room is not None
         gradients = problem.parts.gathered(problem.gradients)
-        pairs = [(x.neg_(), last) for x, last in zip(problem.solve(gradients), problem.buffers, strict=True)]
+        parts = zip(problem.solve(gradients), problem.buffers, problem.groups, strict=True)
+        pairs = [(x.neg_(), last if group["momentum"] else torch.zeros_like(last)) for x, last, group in parts]
         form = _gram(pairs, problem.dampings) + problem.form(list(zip(*pairs, strict=True)))
         slopes = [[quadratic.dot(v, g) for v in pair] for pair, g in zip(pairs, gradients, strict=True)]
         slope = _totals(slopes)
         largest = form.new_ones(())
         if self.alpha_mean is not None:
             largest = (self.max_growth * self.alpha_mean).clamp_max(1.0)
-        least, most = (self.least_momentum, MOST_MOMENTUM) if problem.groups[0]["momentum"] else (0.0, 0.0)
+        kept = any(group["momentum"] for group in problem.groups)
+        least, most = (self.least_momentum, MOST_MOMENTUM) if kept else (0.0, 0.0)
         lower = torch.stack([torch.zeros_like(largest), torch.full_like(largest, least)])
         upper = torch.stack([largest, torch.full_like(largest, most)])
         weights = quadratic.minimise_in_box(slope, form, lower, upper)
@@ -164,7 +168,8 @@ class SelfTuningRule:
         finite = problem.finite & weights.isfinite().all() & taken.isfinite().all()
         known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]
-        self.alpha_mean = torch.where(finite, mean, known)
+        # A direction that does not lead down, as where the gradient is zero, says nothing about how far to go.
+        self.alpha_mean = torch.where(finite & (slope[0] < 0), mean, known)
 
         alpha, mu = taken
         steps = [

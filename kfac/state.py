@@ -35,17 +35,25 @@ class BlockState:
 
     @classmethod
     def of(cls, block: Block) -> BlockState:
-        k, d_out, d_in = block.shape
+        k = block.shape[0]
         like = block.parameters[0].new_empty(0, dtype=block.dtype)
+        shape_a, shape_g = cls.shapes(block)
         return cls(
-            A=like.new_zeros((k, d_in) if block.diagonal_a else (k, d_in, d_in)),
-            G=like.new_zeros((k, d_out) if block.diagonal_g else (k, d_out, d_out)),
+            A=like.new_zeros(shape_a),
+            G=like.new_zeros(shape_g),
             count=like.new_zeros(()),
             damping_a=like.new_zeros(k),
             damping_g=like.new_zeros(k),
             pi=like.new_ones(k),
             jitter=like.new_zeros(()),
         )
+
+    @staticmethod
+    def shapes(block: Block) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and G."""
+        k, d_out, d_in = block.shape
+        shape_a = (k, d_in) if block.diagonal_a else (k, d_in, d_in)
+        return shape_a, (k, d_out) if block.diagonal_g else (k, d_out, d_out)
 
     def save(self) -> dict[str, Tensor | int]:
         """Plain tensors and numbers; the solver's tensors under "solver.<name>"."""

@@ -34,7 +34,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled-inside": lambda model: DistributedDataParallel(torch.compile(model, backend="aot_eager")),
 }
 STEPS = 6
-CASES = [(o, r, "plain", "wrapper") for o, r in itertools.product(OPTIMIZERS, RULES)] + [
+BOTH = list(itertools.product(OPTIMIZERS, RULES))
+CASES = [(o, r, "plain", "wrapper") for o, r in BOTH] + [
     ("KFAC", rule, wrapper, given)
     for rule, wrapper, given in itertools.product(RULES, WRAPPERS, ("wrapper", "inner"))
     if (wrapper, given) != ("plain", "wrapper")
@@ -108,10 +109,67 @@ def distributed_run(rank: int, case: tuple[str, str, str, str]) -> dict[str, Any
     return {"gradients": gradients, "weights": weights, "layers": list(used.curvature()), "stats": used.stats}
 
 
+def uneven(rank: int | None) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    """The problem with the halves of one rank, or both: what the first half asks for is bad for the second."""
+    model, criterion, inputs, targets = problem()
+    with torch.no_grad():
+        targets[:4] *= 10
+        targets[4:] = 2 * model(inputs[4:])["out"] + 1e-3
+    halves = [(inputs[i : i + 4], targets[i : i + 4]) for i in (0, 4)]
+    return model, criterion, halves if rank is None else [halves[rank]]
+
+
+def checked_run(rank: int | None, case: tuple[str, str]) -> dict[str, Any]:
+    """Train with `adapt_damping=True`, as a rank or alone on both halves; every step's `stats` and own losses."""
+    optimizer, rule = case
+    model, criterion, halves = uneven(rank)
+    used_model = model if rank is None else DistributedDataParallel(model)
+    used = OPTIMIZERS[optimizer](used_model, loss=criterion, fisher="exact", adapt_damping=True, **RULES[rule])
+
+    def own_losses() -> Tensor:
+        with torch.no_grad():
+            return torch.stack([loss_of(model, criterion, *half) for half in halves])
+
+    def closure() -> Tensor:
+        used.zero_grad()
+        losses = [loss_of(used_model, criterion, *half) / len(halves) for half in halves]
+        for loss in losses:
+            loss.backward()
+        return torch.stack(losses).sum()
+
+    stats, own = [], [own_losses()]
+    for _ in range(STEPS):
+        used.step(closure)
+        stats.append(dict(used.stats))
+        own.append(own_losses())
+    weights = truth.vector(p.detach() for p in model.parameters())
+    return {"weights": weights, "stats": stats, "own": own}
+
+
+def sampled_run(rank: int, case: tuple[str, str], alone: bool = False) -> dict[str, Any]:
+    """Train on sampled vectors of torch's own loss, as one of two ranks or alone on that rank's half."""
+    optimizer, rule = case
+    model, _, inputs, targets = problem()
+    criterion = nn.MSELoss()
+    used_model = model if alone else DistributedDataParallel(model)
+    used = OPTIMIZERS[optimizer](used_model, loss=criterion, fisher="sampled", **RULES[rule])
+    half = slice(4 * rank, 4 * rank + 4)
+    factors = []
+    for _ in range(STEPS):
+        used.zero_grad()
+        loss_of(used_model, criterion, inputs[half], targets[half]).backward()
+        used.step()
+        factors.append({name: [layer.A.clone(), layer.G.clone()] for name, layer in used.curvature().items()})
+    weights = truth.vector(p.detach() for p in model.parameters())
+    return {"weights": weights, "factors": factors, "stats": used.stats}
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results: dict[Any, Any] = {"/".join(case): distributed_run(rank, case) for case in CASES}
+    results |= {"checked/" + "/".join(case): checked_run(rank, case) for case in BOTH}
+    results |= {"sampled/" + "/".join(case): sampled_run(rank, case) for case in BOTH}
     tensors = [torch.full((2, 3), rank + 1.0), torch.tensor(rank), torch.tensor(2.0 * rank), torch.zeros(0)]
     results["sums"] = sum_over_ranks(tensors, torch.distributed.group.WORLD)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -151,6 +209,36 @@ def test_both_ranks_make_the_step_of_one_process_on_both_halves(ranks: Any, case
 def test_gradients_are_those_of_the_wrapper_alone(ranks: Any, case: tuple[str, str, str, str]) -> None:
     for rank in ranks:
         assert rank["/".join(case)]["gradients"] == [True] * STEPS
+
+
+@pytest.mark.parametrize("case", BOTH, ids="/".join)
+def test_ranks_judge_a_step_by_the_loss_of_all(ranks: Any, case: tuple[str, str]) -> None:
+    """The second rank's own loss rises at a step that lowers the mean: neither takes it back."""
+    first, second = (rank["checked/" + "/".join(case)] for rank in ranks)
+    alone = checked_run(None, case)
+    assert alone["own"][1][1] > alone["own"][0][1], "either half alone would keep the step: the test shows nothing"
+    assert torch.equal(first["weights"], second["weights"])
+    assert truth.relative_error(first["weights"], alone["weights"]) < 1e-8
+    for one, other, single in zip(first["stats"], second["stats"], alone["stats"], strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+        for name in {"reduction_ratio", "rejected", "damping"} & single.keys():
+            assert float(one[name]) == pytest.approx(float(single[name]), rel=1e-6), name
+    assert float(first["stats"][0]["rejected"]) == 0
+
+
+@pytest.mark.parametrize("case", BOTH, ids="/".join)
+def test_ranks_share_what_each_sampled(ranks: Any, case: tuple[str, str]) -> None:
+    """The factors are the means of what the ranks draw for their own halves, and all ranks make one step of them."""
+    first, second = (rank["sampled/" + "/".join(case)] for rank in ranks)
+    assert torch.equal(first["weights"], second["weights"])
+    assert all(torch.equal(value, second["stats"][name]) for name, value in first["stats"].items())
+    for one, other in zip(first["factors"], second["factors"], strict=True):
+        for name, pair in one.items():
+            assert all(torch.equal(x, y) for x, y in zip(pair, other[name], strict=True)), name
+    halves = [sampled_run(rank, case, alone=True)["factors"][0] for rank in range(2)]
+    for name, pair in first["factors"][0].items():
+        for x, *parts in zip(pair, *(half[name] for half in halves), strict=True):
+            assert truth.relative_error(x, torch.stack(parts).mean(0)) < 1e-10, name
 
 
 def test_sums_over_ranks(ranks: Any) -> None:

@@ -136,6 +136,31 @@ def tensors_of(used: Any) -> dict[str, Tensor]:
 
 
 @OPTIMIZERS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("joined", [False, True], ids=["one-by-one", "joined"])
+@pytest.mark.parametrize("broken", [False, True], ids=["finite", "broken"])
+def test_half_precision_gradients_whose_sum_overflows_are_finite(
+    optimizer: Any, dtype: torch.dtype, joined: bool, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if joined:
+        monkeypatch.setattr("kfac.parts.ONE_BY_ONE", set())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        problem = Problem(nn.Linear(40, 60).to(dtype), nn.MSELoss(), torch.randn(8, 40), torch.randn(8, 60))
+    problem.inputs, problem.targets = problem.inputs.to(dtype), problem.targets.to(dtype)
+    used = build(optimizer, problem, "fixed")
+    before = weights(problem)
+    problem.loss().backward()
+    gradient = problem.model.weight.grad.fill_(100.0)
+    assert gradient.float().sum() > torch.finfo(torch.float16).max
+    if broken:
+        gradient[3, 5] = math.inf
+    used.step()
+    assert float(used.stats["skipped"]) == broken
+    assert weights(problem).isfinite().all() and torch.equal(weights(problem), before) == broken
+
+
+@OPTIMIZERS
 @EVERY
 def test_one_broken_micro_batch_spoils_its_step_and_no_other(optimizer: Any, setting: str) -> None:
     problem = BY_NAME["mlp-ce-mean"].make()

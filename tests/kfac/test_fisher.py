@@ -151,6 +151,24 @@ def test_generator_decides_the_draws(optimizer: Any) -> None:
     assert torch.equal(move(), move(generator=generator(0)))
 
 
+def test_a_generator_of_another_device_gives_its_seed_to_the_device_s_own() -> None:
+    """`cpu:0` stands for a device that is not the generator's."""
+
+    def draws(given: torch.Generator | None, device: torch.device) -> Tensor:
+        problem = BY_NAME["mlp-ce-mean"].make()
+        used = KFAC(problem.model, loss=problem.criterion, generator=given)
+        return torch.rand(5, generator=used._curvature.collector.generator(device))
+
+    own, other = torch.device("cpu"), torch.device("cpu", 0)
+    given = generator(1)
+    torch.rand(3, generator=given)
+    state = given.get_state()
+    assert torch.equal(draws(given, other), torch.rand(5, generator=generator(1)))
+    assert torch.equal(given.get_state(), state), "asking for a seed is no draw"
+    assert torch.equal(draws(None, other), torch.rand(5, generator=generator(0)))
+    assert torch.equal(draws(generator(1), own), torch.rand(5, generator=generator(1)))
+
+
 def test_draws_differ_from_step_to_step() -> None:
     problem = BY_NAME["mlp-ce-mean"].make()
     optimizer = truth.start(KFAC, problem, damping=1.0, lr=0.0, fisher="sampled", stat_decay=0.0)

@@ -450,3 +450,38 @@ def test_add_param_group_refuses_what_it_does_not_know(optimizer: Any) -> None:
         used.add_param_group({"params": [extra], "learning_rate": 0.1})
     with pytest.raises(ValueError):
         used.add_param_group({"params": pick(problem, *FIRST)})  # already in one
+
+
+@OPTIMIZERS
+@TUNING
+@pytest.mark.parametrize("mark", [{}, {"first_order": True}], ids=["unmarked", "marked"])
+def test_an_added_group_of_parameters_without_a_block_is_adamw_at_1e_3_unless_told(
+    optimizer: Any, tuned: bool, mark: dict[str, Any]
+) -> None:
+    for settings in ({}, {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.9)}):
+        problem = make()
+        used = optimizer(problem.model, loss=problem.criterion, weight_decay=0.3, **({} if tuned else FIXED))
+        extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        twin = nn.Parameter(extra.detach().clone())
+        used.add_param_group({"params": [extra], **mark, **settings})
+        adamw = torch.optim.AdamW([twin], **{"lr": 1e-3, "weight_decay": 0.3, **settings})
+        for slope in (1.0, -0.5, 2.0):
+            extra.grad, twin.grad = torch.full_like(extra, slope), torch.full_like(twin, slope)
+            adamw.step()
+            problem.loss().backward()
+            used.step()
+            used.zero_grad()
+        assert truth.relative_error(extra, twin) < 1e-12, settings
+
+
+@OPTIMIZERS
+def test_an_added_group_without_a_block_cannot_be_preconditioned(optimizer: Any) -> None:
+    problem = make()
+    used = optimizer(problem.model, loss=problem.criterion, **FIXED)
+    groups = len(used.param_groups)
+    with pytest.raises(ValueError) as caught:
+        used.add_param_group({"params": [nn.Parameter(torch.ones(2, 7))], "first_order": False})
+    message = str(caught.value)
+    assert "\n" not in message and len(used.param_groups) == groups
+    for word in ("param_group", "first_order=False", "[2, 7]", "allowed: True"):
+        assert word in message, message

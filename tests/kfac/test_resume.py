@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from typing import Any
@@ -63,6 +64,39 @@ def test_saved_and_loaded_training_goes_on_bit_for_bit(optimizer: Any, setting: 
 
 
 @OPTIMIZERS
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_training_of_half_precision_parameters_goes_on_bit_for_bit(
+    optimizer: Any, setting: str, dtype: torch.dtype
+) -> None:
+    """Their momentum is kept in single precision."""
+
+    def make() -> tuple[Problem, Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
+            problem = Problem(model.to(dtype), nn.CrossEntropyLoss(), torch.randint(7, (8,)), torch.randint(3, (8,)))
+        return problem, optimizer(problem.model, loss=problem.criterion, **SETTINGS[setting])
+
+    straight, used = make()
+    for count in range(8):
+        if count == 4:
+            saved = through_a_file({"model": straight.model.state_dict(), "optimizer": used.state_dict()})
+            middle = weights(straight)
+        truth.step(used, straight)
+    resumed, other = make()
+    resumed.model.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    for _ in range(4):
+        truth.step(other, resumed)
+    assert torch.equal(weights(straight), weights(resumed)) and not torch.equal(weights(straight), middle)
+    for p, q in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        one, two = (state.get("momentum_buffer") for state in (used.state[p], other.state[q]))
+        assert (one is None) == (two is None)
+        assert one is None or (one.dtype == two.dtype == torch.float32 and torch.equal(one, two))
+
+
+@OPTIMIZERS
 def test_a_saved_state_does_not_change_when_training_goes_on(optimizer: Any) -> None:
     problem = BY_NAME["mlp-ce-mean"].make()
     used = optimizer(problem.model, loss=problem.criterion)
@@ -82,12 +116,153 @@ def test_a_saved_state_does_not_change_when_training_goes_on(optimizer: Any) -> 
 
 
 @OPTIMIZERS
+@pytest.mark.parametrize("setting", ["self-tuning-sampled", "fixed-relative-sampled"])
+def test_a_generator_of_a_device_that_is_not_here_is_left_out(optimizer: Any, setting: str) -> None:
+    """What was saved on a GPU goes on elsewhere, with the draws of that device's own generator."""
+    straight = BY_NAME["mlp-ce-mean"].make()
+    used = optimizer(straight.model, loss=straight.criterion, **SETTINGS[setting])
+    for _ in range(3):
+        truth.step(used, straight)
+    resumed = straight.copy()
+    other = optimizer(resumed.model, loss=resumed.criterion, **SETTINGS[setting])
+    saved = through_a_file(used.state_dict())
+    saved["curvature"]["generators"] = {f"cuda:{torch.cuda.device_count()}": torch.zeros(16, dtype=torch.uint8)}
+    other.load_state_dict(saved)
+    used._curvature.collector.generators[torch.device("cpu")].manual_seed(0)  # where a new one begins
+    for _ in range(3):
+        truth.step(used, straight)
+        truth.step(other, resumed)
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+def module_damping(step: int) -> float:
+    return 0.1 + 0.01 * step
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("kind", ["lambda", "function of a module"])
+def test_a_damping_function_of_a_group_is_not_saved_and_stays_as_it_is_given(optimizer: Any, kind: str) -> None:
+    def make() -> tuple[Problem, Any]:
+        problem = BY_NAME["mlp-ce-mean"].make()
+        damping = module_damping if kind == "function of a module" else lambda step: module_damping(step)
+        group = {"params": list(problem.model.get_submodule("2").parameters()), "damping": damping}
+        return problem, optimizer(problem.model, loss=problem.criterion, groups=[group], **SETTINGS["fixed"])
+
+    straight, used = make()
+    for count in range(6):
+        if count == 3:
+            saved = through_a_file({"model": straight.model.state_dict(), "optimizer": used.state_dict()})
+            assert [group["damping"] for group in saved["optimizer"]["param_groups"]] == [None, None]
+        truth.step(used, straight)
+    assert callable(used.param_groups[1]["damping"]), "saving took it away"
+    resumed, other = make()
+    own = other.param_groups[1]["damping"]
+    resumed.model.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    assert other.param_groups[0]["damping"] is None and other.param_groups[1]["damping"] is own
+    for _ in range(3):
+        truth.step(other, resumed)
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+@OPTIMIZERS
+def test_a_damping_of_a_group_that_is_a_number_is_loaded(optimizer: Any) -> None:
+    problem, other = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    group = {"params": list(problem.model.get_submodule("2").parameters()), "damping": 0.7}
+    saved = optimizer(problem.model, loss=problem.criterion, groups=[group]).state_dict()
+    group = {"params": list(other.model.get_submodule("2").parameters()), "damping": module_damping}
+    loaded = optimizer(other.model, loss=other.criterion, groups=[group])
+    loaded.load_state_dict(through_a_file(saved))
+    assert [group["damping"] for group in loaded.param_groups] == [None, 0.7]
+
+
+@OPTIMIZERS
 def test_state_of_another_model_is_refused_in_one_line(optimizer: Any) -> None:
     problem, other = BY_NAME["mlp-ce-mean"].make(), BY_NAME["convnet-plain"].make()
     saved = optimizer(problem.model, loss=problem.criterion).state_dict()
     with pytest.raises(ValueError) as caught:
         optimizer(other.model, loss=other.criterion).load_state_dict(saved)
     assert "\n" not in str(caught.value)
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(equal(x, y) for x, y in zip(one, other, strict=True))
+    return one == other
+
+
+def wider() -> Problem:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    problem.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return problem
+
+
+NET, WIDER = BY_NAME["mlp-ce-mean"].make, wider
+FIXED, TUNED = SETTINGS["fixed"], SETTINGS["self-tuning"]
+SPACE: dict[str, Any] = {"coarse_space": "constant"}
+Made = tuple[Any, dict[str, Any], Any]  # an optimizer, its options, its problem
+MISMATCHES: dict[str, tuple[Made, Made, list[str]]] = {
+    # name: (what was saved, what is to load it, words of the line)
+    "cholesky into eigh": ((KFAC, TUNED, NET), (KFAC, {"solver": "eigh"}, NET), ["values", "solver"]),
+    "eigh into cholesky": ((KFAC, {"solver": "eigh"}, NET), (KFAC, TUNED, NET), ["inverse_a", "solver"]),
+    "two-level cholesky into eigh": ((GKFAC, FIXED, NET), (GKFAC, {**FIXED, "solver": "eigh"}, NET), ["values"]),
+    "krylov into spectral": ((GKFAC, FIXED, NET), (GKFAC, {**FIXED, "coarse_space": "spectral"}, NET), ["leading"]),
+    "exact into kronecker": (
+        (GKFAC, {**FIXED, **SPACE}, NET), (GKFAC, {**FIXED, **SPACE, "coarse_fisher": "kronecker"}, NET),
+        ["coarse_fisher"],
+    ),
+    "K-FAC into E-KFAC": ((KFAC, TUNED, NET), (EKFAC, TUNED, NET), ["K-FAC", "E-KFAC"]),
+    "fixed into self-tuning": ((KFAC, FIXED, NET), (KFAC, TUNED, NET), ["without lr"]),
+    "fixed without a clip into self-tuning": ((KFAC, {**FIXED, "kl_clip": None}, NET), (KFAC, {}, NET), ["without lr"]),
+    "self-tuning into fixed": ((EKFAC, TUNED, NET), (EKFAC, FIXED, NET), ["lr=<number>"]),
+    "another width": ((KFAC, TUNED, WIDER), (KFAC, TUNED, NET), ["'0'", "size"]),
+    "diagonals": ((EKFAC, {"max_factor_size": 4}, NET), (EKFAC, TUNED, NET), ["'0'", "max_factor_size"]),
+}  # fmt: skip
+
+
+def started(made: Made) -> tuple[Problem, Any]:
+    optimizer, options, make = made
+    problem = make()
+    used = optimizer(problem.model, loss=problem.criterion, **options)
+    for _ in range(3):
+        truth.step(used, problem)
+    return problem, used
+
+
+@pytest.mark.parametrize("name", list(MISMATCHES))
+def test_state_of_other_arguments_is_refused_in_one_line_before_anything_changes(name: str) -> None:
+    saved, loading, words = MISMATCHES[name]
+    state = through_a_file(started(saved)[1].state_dict())
+    refused_and_unchanged(loading, state, words)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("missing", ["rule", "curvature", "group", *("steps", "scalars", "generators", "layers")])
+def test_a_state_that_lacks_a_part_is_refused_in_one_line_before_anything_changes(optimizer: Any, missing: str) -> None:
+    state = through_a_file(started((optimizer, TUNED, NET))[1].state_dict())
+    if missing == "group":
+        state["param_groups"] = []
+    else:
+        del (state if missing in state else state["curvature"])[missing]
+    refused_and_unchanged((optimizer, TUNED, NET), state, [])
+
+
+def refused_and_unchanged(loading: Made, state: Any, words: list[str]) -> None:
+    (problem, used), (twin, other) = started(loading), started(loading)
+    before = copy.deepcopy(used.state_dict())
+    with pytest.raises(ValueError, match=r"state.dict") as caught:
+        used.load_state_dict(state)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert equal(used.state_dict(), before)
+    for _ in range(3):
+        truth.step(used, problem)
+        truth.step(other, twin)
+    assert torch.equal(weights(problem), weights(twin)), "training went on otherwise than without the attempt"
 
 
 # Bad batches

@@ -95,6 +95,31 @@ def test_the_step_size_does_not_jump_beyond_its_running_mean(optimizer: Any, gro
 
 
 @OPTIMIZERS
+@pytest.mark.parametrize("first", ["no gradient", "uphill"])
+def test_a_first_step_that_leads_nowhere_down_does_not_end_the_training(
+    optimizer: Any, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step size of 0 says nothing of those to come, which are bounded by their mean."""
+    problem = BY_NAME["mlp-mse-mean"].make()
+    used = optimizer(problem.model, loss=problem.criterion)
+    targets = problem.targets
+    if first == "no gradient":
+        problem.targets = problem.model(problem.inputs).detach()
+        truth.step(used, problem)
+    else:
+        solve = used._method.directions
+        with monkeypatch.context() as patch:
+            patch.setattr(used._method, "directions", lambda *given: [-x for x in solve(*given)])
+            truth.step(used, problem)
+    assert float(used.stats["alpha"]) == 0
+    problem.targets = targets
+    start = problem.loss().item()
+    for _ in range(15):
+        truth.step(used, problem)
+    assert problem.loss().item() < 0.7 * start
+
+
+@OPTIMIZERS
 def test_lr_of_a_group_multiplies_the_self_tuned_step(optimizer: Any) -> None:
     problem = BY_NAME["mlp-ce-mean"].make()
     whole = optimizer(problem.model, loss=problem.criterion)
@@ -105,6 +130,58 @@ def test_lr_of_a_group_multiplies_the_self_tuned_step(optimizer: Any) -> None:
     moves, halved = truth.step(whole, problem), truth.step(half, other)
     for name, move in moves.items():
         assert truth.relative_error(halved[name], 0.5 * move) < 1e-10
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("off", [0, 2], ids=["first layer", "last layer"])
+@pytest.mark.parametrize("joined", [False, True], ids=["one-by-one", "joined"])
+def test_momentum_0_of_a_group_is_of_that_group_alone(
+    optimizer: Any, off: int, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers move along their own natural gradient, the others keep part of their last step."""
+    if joined:
+        monkeypatch.setattr("kfac.parts.ONE_BY_ONE", set())
+    problem = BY_NAME["mlp-ce-mean"].make()
+    group = {"params": list(problem.model.get_submodule(str(off)).parameters()), "momentum": 0.0}
+    used = optimizer(problem.model, loss=problem.criterion, groups=[group])
+    found: list[list[Tensor]] = []
+    solve = used._method.directions
+
+    def directions(*given: Any) -> list[Tensor]:
+        found.append([x.clone() for x in solve(*given)])
+        return [x.clone() for x in found[-1]]
+
+    monkeypatch.setattr(used._method, "directions", directions)
+    last: dict[str, Tensor] = {}
+    largest = 0.0
+    for _ in range(6):
+        moves = truth.step(used, problem)
+        alpha, mu = float(used.stats["alpha"]), float(used.stats["momentum"])
+        for block, x in zip(used.blocks, found[-1], strict=True):
+            for name, own in zip(("weight", "bias"), block.tensors(x), strict=True):
+                key = f"{block.name}.{name}"
+                kept = 0.0 if block.name == str(off) or not last else mu * last[key]
+                assert truth.relative_error(moves[key], kept - alpha * own) < 1e-8, key
+        last, largest = moves, max(largest, mu)
+    assert largest > 0, "nothing has momentum: the test shows nothing"
+
+
+@OPTIMIZERS
+def test_momentum_turned_off_in_training_leaves_nothing_of_the_last_step(optimizer: Any) -> None:
+    """A step of the layers that have it turned off is what it is where they never had it."""
+    problem = BY_NAME["mlp-ce-mean"].make()
+    group = {"params": list(problem.model.get_submodule("2").parameters())}
+    used = optimizer(problem.model, loss=problem.criterion, groups=[group])
+    for _ in range(4):
+        truth.step(used, problem)
+    used.param_groups[1]["momentum"] = 0.0
+    other = problem.copy()
+    second = optimizer(other.model, loss=other.criterion, groups=[{"params": list(other.model[2].parameters())}])
+    second.load_state_dict(used.state_dict())
+    second.state.pop(other.model[2].weight)
+    moves = truth.step(used, problem)
+    for name, move in truth.step(second, other).items():
+        assert torch.equal(moves[name], move), name
 
 
 @OPTIMIZERS
