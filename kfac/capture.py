@@ -39,7 +39,7 @@ _REENTRANT = (
 _held: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of a layer: its block, its input, where gradients of its output arrive, and how many numbers that has.
 
@@ -140,14 +140,53 @@ class Batch:
         Raises:
             RuntimeError: where reentrant activation checkpointing lies in between.
         """
+        with _on_its_way():
+            return _gradients(self._inside(vector), [call.edge for call in self.calls])
+
+    def pass_back(self, vector: Any, arrive: Callable[[Call, Tensor], None], ends: set[Block]) -> None:
+        """`send_back` that keeps nothing: `arrive` is called with each gradient on its way, which is free after it.
+
+        A vector runs only as far as somebody asks for its gradient, so `ends` are the layers for which that is done:
+        those that no other has before it. The ones that are found to be are added, by sending the vector again.
+        """
+        waiting = list(self.calls)
+        asked = [call for call in waiting if call.block in ends] or waiting[:1]
+        passed: set[Block] = set()
+
+        def watched(call: Call) -> torch.utils.hooks.RemovableHandle:
+            def hook(gradients: Sequence[Tensor | None]) -> None:
+                gradient = gradients[call.edge.output_nr]
+                if gradient is not None:
+                    passed.add(call.block)
+                    arrive(call, gradient)
+
+            return call.edge.node.register_prehook(hook)
+
+        with _on_its_way():
+            sent = self._inside(vector)
+            while waiting:
+                rest = [call for call in waiting if call not in asked]
+                handles = [watched(call) for call in rest]
+                try:
+                    arrived = _gradients(sent, [call.edge for call in asked])
+                finally:
+                    _remove(handles)
+                for call, gradient in zip(asked, arrived, strict=True):
+                    if gradient is not None:
+                        ends.add(call.block)
+                        arrive(call, gradient)
+                waiting = [call for call in rest if call.block not in passed]
+                asked = waiting[:1]
+
+    def _inside(self, vector: Any) -> list[tuple[GradientEdge, Tensor]]:
+        """Where a vector starts: at the network's output, or behind the nodes of a wrapper that it must not meet."""
         vectors = vector if isinstance(vector, tuple) else (vector,)
         sent = [(e, v) for e, v in zip(self.edges, vectors, strict=True) if e is not None and v is not None]
-        with _on_its_way():
-            if self.crossings:
-                arrived = _gradients(sent, [outer for outer, _ in self.crossings])
-                pairs = zip(self.crossings, arrived, strict=True)
-                sent = [(inner, g) for (_, inner), g in pairs if g is not None]
-            return _gradients(sent, [call.edge for call in self.calls])
+        if not self.crossings:
+            return sent
+        arrived = _gradients(sent, [outer for outer, _ in self.crossings])
+        pairs = zip(self.crossings, arrived, strict=True)
+        return [(inner, g) for (_, inner), g in pairs if g is not None]
 
 
 def _gradients(sent: Sequence[tuple[GradientEdge, Tensor]], arriving: Sequence[GradientEdge]) -> list[Tensor | None]:

@@ -20,6 +20,7 @@ from .layers import Block
 from .precision import rounded_products
 from .rows import Rows
 
+Sums = dict[Block, tuple[Tensor, Tensor, Tensor]]  # of a a^T, how many rows that is, of g g^T times weights
 EXACT_OUTPUTS = 16  # fisher="auto": exact curvature vectors up to this many output numbers of an example
 AT_ONCE = 2**24  # numbers that exact vectors may leave at the outputs of all layers before the next ones are sent
 KEPT = 2**27  # numbers of such rows that are kept for later; beyond, one vector with random signs stands for them
@@ -59,10 +60,11 @@ class Collector:
         self.generators = {generator.device: generator} if generator is not None else {}
         self.seed = 0 if generator is None else generator.initial_seed()
         self.factors_due = self.model_due = self.exact_model = False
+        self.ends: set[Block] = set()  # layers that no other layer has before it (see `Batch.pass_back`)
         self.clear()
 
     def clear(self) -> None:
-        self.sums: dict[Block, tuple[Tensor, Tensor, Tensor]] = {}
+        self.sums: Sums = {}
         self.model_rows: list[Rows] = []
         self.factor_rows: list[Rows] = []
         self.weights: list[Tensor] = []
@@ -137,30 +139,39 @@ class Collector:
         dtype, device = batch.calls[0].block.dtype, batch.calls[0].input.device
         output, target = batch.output_in(dtype), batch.target
         weight = torch.ones((), device=device, dtype=dtype) if batch.weight is None else batch.weight.to(dtype)
+        mask = self.curvature.mask(output, target) if self.factors_due and hasattr(self.curvature, "mask") else None
+        sampled, sums = fisher == "sampled", Sums()
         factor_rows = model_rows = mixed = None
         waiting: list[list[Any]] = []
         if self.factors_due:
             vectors = self._vectors(fisher, batch, output)
-            size = sum(call.size for call in batch.calls)
-            if fisher == "exact" and len(vectors) > 1:
-                few = max(1, AT_ONCE // max(size, 1))
-                if self.keeps_rows and len(vectors) * size > KEPT:
-                    mixed = rows.send_back(batch, [self._mixed(batch, vectors)], weight)
-                apart = not any(call.block.together for call in batch.calls)
-                if apart and (mixed is not None or not self.keeps_rows):
-                    vectors, *waiting = [vectors[i : i + few] for i in range(0, len(vectors), few)]
-            factor_rows = rows.send_back(batch, vectors, weight)
-        if self.model_due:
+            passed = self._passed(batch, vectors, weight, mask, many, sampled, self.model_due and sampled)
+            if passed is not None:
+                sums, model_rows = passed
+            else:
+                size = sum(call.size for call in batch.calls)
+                if fisher == "exact" and len(vectors) > 1:
+                    few = max(1, AT_ONCE // max(size, 1))
+                    if self.keeps_rows and len(vectors) * size > KEPT:
+                        mixed = rows.send_back(batch, [self._mixed(batch, vectors)], weight)
+                    apart = not any(call.block.together for call in batch.calls)
+                    if apart and (mixed is not None or not self.keeps_rows):
+                        vectors, *waiting = [vectors[i : i + few] for i in range(0, len(vectors), few)]
+                factor_rows = rows.send_back(batch, vectors, weight)
+        if self.model_due and model_rows is None:
             exactly = self.exact_model and fisher == "exact"
-            model_rows = mixed if mixed is not None else factor_rows
-            if exactly or factor_rows is None or (fisher != "sampled" and mixed is None):
+            shared = mixed if mixed is not None else factor_rows
+            if exactly or shared is None or (not sampled and mixed is None):
                 vectors = (
                     self._vectors(fisher, batch, output)
                     if exactly
                     else list(self.curvature.sampled(output, target, 1, self.generator(device)))
                 )
-                model_rows = rows.send_back(batch, vectors, weight)
-        if not any(taken and taken.layers for taken in (factor_rows, model_rows)):
+                passed = self._passed(batch, vectors, weight, None, many, sampled, True, factors=False)
+                model_rows = passed[1] if passed else _for_model(rows.send_back(batch, vectors, weight), many)
+            else:
+                model_rows = _for_model(shared, many)
+        if not (sums or any(taken is not None and taken.layers for taken in (factor_rows, model_rows))):
             return False
 
         if batch.fresh or (batch.loss is not None and not self.losses):
@@ -174,10 +185,14 @@ class Collector:
             self.floors.append(
                 floor.to(dtype) if isinstance(floor, Tensor) else weight.new_full((), 0.0 if floor is None else floor)
             )
+        self._add(sums)
         if factor_rows is not None:
-            mask = self.curvature.mask(output, target) if hasattr(self.curvature, "mask") else None
-            if fisher == "sampled" and factor_rows.layers:
-                factor_rows, mask = rows.thinned(factor_rows, mask, self.enough)
+            if sampled and factor_rows.layers and factor_rows.vectors == 1:
+                n = next(iter(factor_rows.layers.values()))[1].shape[2]
+                index = rows.places(n, self.enough, device)
+                mask = rows.thinned_mask(mask, n, index)
+                thin = {block: rows.thinned(a, g, index) for block, (a, g) in factor_rows.layers.items()}
+                factor_rows = replace(factor_rows, layers=thin)
             self._accumulate(factor_rows, mask)
             if self.keeps_rows:
                 self.factor_rows.append((factor_rows if mixed is None else mixed).kept())
@@ -185,8 +200,42 @@ class Collector:
             for some in waiting:
                 self._accumulate(rows.send_back(batch, some, weight), mask, again=True)
         if model_rows is not None:
-            self.model_rows.append((rows.quarter(model_rows) if many else model_rows).kept())
+            self.model_rows.append(model_rows)
         return True
+
+    def _passed(
+        self,
+        batch: Batch,
+        vectors: list[Any],
+        weight: Tensor,
+        mask: Tensor | None,
+        many: bool,
+        sampled: bool,
+        model: bool,
+        factors: bool = True,
+    ) -> tuple[Sums, Rows | None] | None:
+        """What a single vector leaves: sums for the factors and rows for the model, made while it passes the layers.
+
+        So the gradients of one layer are there at a time, not those of all. None where rows are to be kept, or where
+        those of a layer depend on other calls.
+        """
+        if len(vectors) != 1 or (factors and self.keeps_rows):
+            return None
+        index = rows.places(batch.size, self.enough, weight.device) if factors and sampled else None
+        mask = rows.thinned_mask(mask, batch.size, index)
+        sums, kept = Sums(), {}
+
+        def take(block: Block, a: Any, g: Tensor) -> None:
+            if model:
+                kept.update(_for_model(Rows({block: (a, g)}, weight), many).layers)
+            if factors:
+                sums[block] = _moments(block, *rows.thinned(a, g, index), mask, weight)
+
+        if not rows.pass_back(batch, vectors[0], self.ends, take):
+            return None
+        called = [call.block for call in batch.calls]  # a vector passes them in another order
+        taken = Rows({block: kept[block] for block in called if block in kept}, weight) if model else None
+        return {block: sums[block] for block in called if block in sums}, taken
 
     def _vectors(self, fisher: str, batch: Batch, output: Any) -> list[Tensor]:
         if fisher == "exact":
@@ -231,13 +280,29 @@ class Collector:
     def _accumulate(self, taken: Rows, mask: Tensor | None, again: bool = False) -> None:
         """Add rows to the sums for the factors; `again` if they are further vectors of a batch that is in them."""
         for block, (a, g) in taken.layers.items():
-            new_g = rows.moment_g(block, a, g).mul_(taken.weight)
+            if again and block in self.sums:
+                old = self.sums[block]
+                self.sums[block] = *old[:2], old[2] + rows.moment_g(block, a, g).mul_(taken.weight)
+            else:
+                self._add({block: _moments(block, a, g, mask, taken.weight, taken.vectors)})
+
+    def _add(self, sums: Sums) -> None:
+        for block, new in sums.items():
             old = self.sums.get(block)
-            if again and old is not None:
-                self.sums[block] = *old[:2], old[2] + new_g
-                continue
-            new = *rows.moment_a(block, a, g, mask, taken.vectors), new_g
             self.sums[block] = new if old is None else tuple(x + y for x, y in zip(old, new, strict=True))  # type: ignore[assignment]
+
+
+def _moments(
+    block: Block, a: Any, g: Tensor, mask: Tensor | None, weight: Tensor, vectors: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of a a^T, how many rows that is, and the weighted sum of g g^T."""
+    new_g = rows.moment_g(block, a, g).mul_(weight)
+    return *rows.moment_a(block, a, g, mask, vectors), new_g
+
+
+def _for_model(taken: Rows, many: bool) -> Rows:
+    """What the quadratic model keeps."""
+    return (rows.quarter(taken) if many else taken).kept()
 
 
 def _here(device: torch.device) -> bool:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .capture import Batch
+from .capture import Batch, Call
 from .layers import Block
 from .patches import Patches
 from .products import Unwritten, WithOne, gram, outer_sum
@@ -82,6 +82,32 @@ def send_back(batch: Batch, vectors: Sequence[Any], weight: Tensor) -> Rows:
     if not any(_differs(a) for a, _ in layers.values()):
         return Rows(layers, weight)
     return Rows({block: _side_by_side(written(a), g) for block, (a, g) in layers.items()}, weight, len(vectors))
+
+
+def pass_back(
+    batch: Batch, vector: Any, ends: set[Block], take: Callable[[Block, Tensor | Unwritten, Tensor], None]
+) -> bool:
+    """`send_back` of one vector that keeps no rows: `take` gets those of a layer as soon as its gradient arrives.
+
+    False where a layer's rows depend on other calls or on their shapes; what was taken is then not all.
+    """
+    whole = len({call.block for call in batch.calls}) == len(batch.calls) and not any(
+        call.block.together or call.input.dim() == 0 or call.input.shape[0] != batch.size for call in batch.calls
+    )
+
+    def arrive(call: Call, gradient: Tensor) -> None:
+        nonlocal whole
+        a, g = call.block.rows(call.rows, [gradient], call.module)
+        whole = whole and a.shape[1] == g.shape[2] == batch.size
+        if not whole:
+            return
+        if call.block.unit:
+            a, g = written(a)[:, :, :1], g.sum(3, keepdim=True)
+        take(call.block, a, g)
+
+    if whole:
+        batch.pass_back(vector, arrive, ends)
+    return whole
 
 
 def _batch_first(a: Tensor | Unwritten, g: Tensor, size: int) -> tuple[Tensor | Unwritten, Tensor]:
@@ -167,24 +193,24 @@ def quarter(rows: Rows) -> Rows:
     return replace(rows, layers=layers)
 
 
-def thinned(rows: Rows, mask: Tensor | None, enough: int) -> tuple[Rows, Tensor | None]:
-    """One example of every few, so that at least `enough` are left, scaled to stand for all; and the same of a mask."""
-    n = next(iter(rows.layers.values()))[1].shape[2]
-    stride = n // enough
-    if rows.vectors > 1 or stride < 2:
-        return rows, mask
-    chosen = spread(n, stride)
-    index = torch.tensor(chosen).to(rows.weight.device, non_blocking=True)
-    layers = {
-        block: (
-            a.of(index) if isinstance(a, Unwritten) else a[:, index],
-            g[:, :, index].mul_(math.sqrt(n / len(chosen))),
-        )
-        for block, (a, g) in rows.layers.items()
-    }
-    if mask is not None and mask.numel() % n == 0:
-        mask = mask.reshape(n, -1)[index]
-    return Rows(layers, rows.weight), mask
+def places(n: int, enough: int, device: torch.device) -> Tensor | None:
+    """Which of n examples to keep: one of every few, so that at least `enough` are left. None: all of them."""
+    return None if n // enough < 2 else torch.tensor(spread(n, n // enough)).to(device, non_blocking=True)
+
+
+def thinned(a: Tensor | Unwritten, g: Tensor, index: Tensor | None) -> tuple[Tensor | Unwritten, Tensor]:
+    """The rows at the places `index`, scaled to stand for all."""
+    if index is None:
+        return a, g
+    some = a.of(index) if isinstance(a, Unwritten) else a[:, index]
+    return some, g[:, :, index].mul_(math.sqrt(g.shape[2] / len(index)))
+
+
+def thinned_mask(mask: Tensor | None, n: int, index: Tensor | None) -> Tensor | None:
+    """What a mask of n examples, or of their positions, says of those at the places `index`."""
+    if mask is None or index is None or mask.numel() % n:
+        return mask
+    return mask.reshape(n, -1)[index]
 
 
 def spread(count: int, stride: int) -> list[int]:
