@@ -163,7 +163,7 @@ class Curvature:
             return
         self.collector.share(self._capture.process_group)
         if not self.collector.weights:
-            if any(block.parameters[0].grad is not None for block in self.blocks):
+            if any(block.has_gradient() for block in self.blocks):
                 self.warn(
                     "nothing",
                     "statistics were due, but no forward and backward of the model came before this step",

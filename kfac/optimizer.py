@@ -234,7 +234,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         curvature = self._curvature
         curvature.gather(needs_loss=self.self_tuning)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        blocks = [block for block in self.blocks if block.parameters[0].grad is not None]
+        blocks = [block for block in self.blocks if block.has_gradient()]
         groups = [self._group_of(block, group_of) for block in blocks]
         gradients = [self._gradients(block, group_of) for block in blocks]
         others = self._first_order_groups(group_of)
@@ -275,11 +275,16 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         gradients = [gradients[i] for i in usable]
         first_order = self._fallback.step(others, self.state, finite)
         parts = Parts(blocks, groups, joined=worth_joining(finite.device))
+
+        def solve(vector: list[Tensor]) -> list[Tensor]:
+            directions = curvature.directions(blocks, parts.split(vector))
+            return parts.join([_trained(block, own) for block, own in zip(blocks, directions, strict=True)])
+
         problem = Problem(
             parts,
             gradients,
             parts.join([self._buffer(block) for block in blocks]),
-            lambda vector: parts.join(curvature.directions(blocks, parts.split(vector))),
+            solve,
             finite,
             first_order,
             [curvature.dampings[blocks[i]] for i in parts.first],
@@ -301,7 +306,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """The momentum of a block, zeros at first."""
         parameter = block.parameters[0]
         buffer = self.state[parameter].get("momentum_buffer")
-        return torch.zeros(block.shape, dtype=block.dtype, device=parameter.device) if buffer is None else buffer
+        if buffer is None:
+            return torch.zeros(block.shape, dtype=block.dtype, device=parameter.device)
+        return _trained(block, buffer)
 
     def _apply(self, problem: Problem, plan: Plan, steps: list[Tensor], group_of: dict[int, dict[str, Any]]) -> None:
         parts = problem.parts
@@ -310,10 +317,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         for block, buffer, part in zip(parts.blocks, parts.split(plan.buffers), parts.of, strict=True):
             if parts.groups[part]["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
-        parameters: list[Tensor] = [parameter for block in parts.blocks for parameter in block.parameters]
-        changes = [change for block, step in zip(parts.blocks, steps, strict=True) for change in block.tensors(step)]
-        if parameters:
-            torch._foreach_add_(parameters, changes)
+        pairs = [
+            (parameter, change)
+            for block, step in zip(parts.blocks, steps, strict=True)
+            for parameter, change in zip(block.parameters, block.tensors(step), strict=True)
+            if parameter.grad is not None
+        ]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
         if plan.factor is not None:
             self._fallback.scale(plan.factor)
         self._curvature.stats |= plan.stats
@@ -323,7 +334,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         decayed: list[dict[float, list[Tensor]]] = [{} for _ in plan.rates]
         for block, part in zip(parts.blocks, parts.of, strict=True):
             for parameter in block.parameters:
-                if decay := group_of[id(parameter)]["weight_decay"]:
+                if parameter.grad is not None and (decay := group_of[id(parameter)]["weight_decay"]):
                     decayed[part].setdefault(decay, []).append(parameter)
         for step, rate, by_decay in zip(plan.steps, plan.rates, decayed, strict=True):
             for decay, parameters in by_decay.items():
@@ -335,8 +346,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         gradients: list[Tensor | None] = []
         for parameter in block.parameters:
             gradient = parameter.grad
-            if l2 := self._l2(group_of[id(parameter)]):
-                gradient = l2 * parameter if gradient is None else gradient + l2 * parameter
+            if gradient is not None and (l2 := self._l2(group_of[id(parameter)])):
+                gradient = gradient + l2 * parameter
             gradients.append(gradient)
         return gradients
 
@@ -352,7 +363,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     def _first_order_groups(self, group_of: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
         groups = [group for group in self.param_groups if group["first_order"]]
-        blind = [b for b in self.blocks if b.parameters[0].grad is not None and not self._curvature.knows(b)]
+        blind = [b for b in self.blocks if b.has_gradient() and not self._curvature.knows(b)]
         if blind:
             names = ", ".join(block.name for block in blind)
             self._curvature.warn(
@@ -401,3 +412,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._curvature.load_state_dict(state_dict["curvature"])
         self._rule.load(state_dict["rule"], self.param_groups[0]["params"][0].device)
         self._arm()
+
+
+def _trained(block: Block, matrix: Tensor) -> Tensor:
+    """A block's matrix with zeros for the parameters that have no gradient in this step, which do not move."""
+    if all(p.grad is not None for p in block.parameters):
+        return matrix
+    pairs = zip(block.parameters, block.tensors(matrix), strict=True)
+    return block.matrix([None if p.grad is None else own for p, own in pairs])

@@ -114,7 +114,7 @@ class Preconditioner:
     def _step(self) -> None:
         curvature = self._curvature
         curvature.gather(needs_loss=False)
-        blocks = [block for block in self.blocks if block.parameters[0].grad is not None]
+        blocks = [block for block in self.blocks if block.has_gradient()]
         gradients = [block.matrix([p.grad for p in block.parameters]) for block in blocks]
         finite = curvature.finite(gradients)
         if seen_broken(finite):
