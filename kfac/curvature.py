@@ -206,7 +206,8 @@ class Curvature:
         self.stats = {"skipped": 1.0 - finite.float()}
         with self.phase("statistics"):
             self._update_averages(finite)
-        if self._inverses_due and self.states:
+        unsolved = any(not state.solver for state in self.states.values())  # a layer whose first statistics came now
+        if unsolved or (self._inverses_due and self.states):
             with self.phase("inverses"):
                 self._renew(overrides or {})
         if self.collector.factor_rows:

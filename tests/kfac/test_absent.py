@@ -68,3 +68,50 @@ def test_a_bias_has_a_natural_gradient_while_its_weight_is_frozen(method: str) -
     raw = bias.grad.clone()
     used.step()
     assert truth.relative_error(bias.grad, raw) > 0.05
+
+
+# A layer that is first seen late, or is absent when inverses are renewed
+
+
+class Skipping(nn.Module):
+    """A layer in the middle that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.whole = True
+
+    def forward(self, value: Tensor) -> Tensor:
+        value = torch.tanh(self.first(value))
+        return self.last(value + torch.tanh(self.middle(value)) if self.whole else value)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("options", [{}, {"lr": 0.05, "factor_interval": 3, "inverse_interval": 100}])
+@pytest.mark.filterwarnings("ignore:.*no statistics arrived")
+def test_a_layer_that_is_first_seen_between_renewals_is_trained_at_once(optimizer: Any, options: Any) -> None:
+    problem = problem_of(Skipping)
+    used = optimizer(problem.model, loss=problem.criterion, **options)
+    every = {name for name, _ in problem.model.named_parameters()}
+    for count in range(20):
+        problem.model.whole = count >= 13
+        expected = every if count >= 13 else every - {"middle.weight", "middle.bias"}
+        assert moved(used, problem) == expected, count
+    assert "middle" in used.curvature() and not used.curvature()["first"].A.isnan().any()
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_layer_that_is_absent_at_a_renewal_keeps_the_damping_of_its_group(absent: bool) -> None:
+    problem = problem_of(Skipping)
+    middle = list(problem.model.get_submodule("middle").parameters())
+    used = KFAC(
+        problem.model,
+        loss=problem.criterion,
+        **{"lr": 0.05, "damping": 0.1, "solver": "eigh", "decoupled_weight_decay": False, **EVERY},
+        groups=[{"params": middle, "damping": 3.0, "weight_decay": 0.25}],
+    )
+    truth.step(used, problem)
+    problem.model.whole = not absent
+    truth.step(used, problem)
+    dampings = {name: float(layer.damping_a) for name, layer in used.curvature().items()}
+    assert dampings == pytest.approx({"first": 0.1, "middle": 3.25, "last": 0.1})
