@@ -244,8 +244,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             curvature.stats = {"skipped": 1.0 - finite.float()}
             self._arm()
             return value
-        overrides = {b: (g["damping"], self._l2(g)) for b, g in zip(blocks, groups, strict=True)}
-        curvature.update(finite, overrides)
+        owners = {b: group_of[id(b.parameters[0])] for b in self.blocks if id(b.parameters[0]) in group_of}
+        curvature.update(finite, {block: (group["damping"], self._l2(group)) for block, group in owners.items()})
         with curvature.phase("update"):
             if self._levenberg is None or not self._levenberg.due():
                 self._update(blocks, groups, gradients, others, finite, group_of)
