@@ -370,8 +370,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "blind",
                 f"no statistics arrived for {names}: trained by AdamW (lr {FALLBACK_LR}) until they do",
             )
-            scale = group_of[id(blind[0].parameters[0])]["lr"] if self.self_tuning else 1.0
-            groups.append(self._fallback.group([p for b in blind for p in b.parameters], FALLBACK_LR * scale))
+        settings: dict[tuple[float, float], list[Tensor]] = {}
+        for block in blind:
+            lr = self._group_of(block, group_of)["lr"]
+            rate = FALLBACK_LR * (lr / (self.defaults["lr"] or lr or 1.0))  # goes with the schedule, 0 is 0
+            for parameter in block.parameters:
+                settings.setdefault((rate, group_of[id(parameter)]["weight_decay"]), []).append(parameter)
+        for (rate, decay), parameters in settings.items():
+            groups.append({**self._fallback.group(parameters, rate), "weight_decay": decay})
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import ground_truth as truth
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import BY_NAME, Problem
 from torch import Tensor, nn
 
@@ -115,3 +116,54 @@ def test_a_layer_that_is_absent_at_a_renewal_keeps_the_damping_of_its_group(abse
     truth.step(used, problem)
     dampings = {name: float(layer.damping_a) for name, layer in used.curvature().items()}
     assert dampings == pytest.approx({"first": 0.1, "middle": 3.25, "last": 0.1})
+
+
+# A layer without statistics, which AdamW trains until they arrive
+
+
+class Uncalled(nn.Module):
+    """Two layers whose weights are used without a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, value: Tensor) -> Tensor:
+        hidden = F.linear(torch.tanh(self.first(value)), self.one.weight, self.one.bias)
+        return F.linear(torch.tanh(hidden), self.two.weight, self.two.bias)
+
+
+def uncalled(optimizer: Any, lr: float | None, one: dict[str, Any], two: dict[str, Any]) -> tuple[Any, Problem]:
+    problem = problem_of(Uncalled)
+    groups = [
+        {"params": list(problem.model.get_submodule("one").parameters()), **one},
+        {"params": list(problem.model.get_submodule("two").parameters()), **two},
+    ]
+    return optimizer(problem.model, loss=problem.criterion, lr=lr, kl_clip=None, groups=groups), problem
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("lr", [None, 0.05, 0.0])
+@pytest.mark.filterwarnings("ignore:.*no statistics arrived")
+def test_a_layer_without_statistics_moves_at_the_rate_of_its_group(optimizer: Any, lr: float | None) -> None:
+    base = 1.0 if lr is None else lr
+    used, problem = uncalled(optimizer, lr, {"lr": 0.0}, {"lr": base / 2})
+    moves = truth.step(used, problem)
+    assert not moves["one.weight"].any() and not moves["one.bias"].any()
+    assert float(moves["two.weight"].abs().max()) == pytest.approx(5e-4 if base else 0.0, rel=1e-3)
+    used.param_groups[1]["lr"], used.param_groups[2]["lr"] = 0.1, 0.0  # `lr` may begin at 0
+    moves = truth.step(used, problem)
+    assert moves["one.weight"].any() and not moves["two.weight"].any()
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("lr", [None, 0.05])
+@pytest.mark.filterwarnings("ignore:.*no statistics arrived")
+def test_a_layer_without_statistics_decays_as_its_group_does(optimizer: Any, lr: float | None) -> None:
+    moves, before = {}, {}
+    for decay in (0.0, 10.0):
+        used, problem = uncalled(optimizer, lr, {"weight_decay": decay}, {})
+        before = {name: p.detach().clone() for name, p in problem.model.named_parameters()}
+        moves[decay] = truth.step(used, problem)
+    assert torch.allclose(moves[10.0]["one.weight"] - moves[0.0]["one.weight"], -1e-3 * 10 * before["one.weight"])
+    assert torch.equal(moves[10.0]["two.weight"], moves[0.0]["two.weight"])
