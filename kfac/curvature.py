@@ -25,7 +25,7 @@ from . import compiling, distributed, factors
 from .capture import Batch, Capture, without_autocast
 from .collect import Collector
 from .find import find_blocks, without_block
-from .later import Later
+from .later import Later, at_once
 from .layers import Block
 from .linalg import diagonal
 from .method import Method
@@ -97,7 +97,7 @@ class Curvature:
         self._factors_at = self._inverses_at = -1
         self._factors_due = self._inverses_due = False
         self._warned: set[str] = set()
-        self._skipped: Later | None = None
+        self._pending: list[Later] = []  # whether steps that renewed something were finite
         self._failures: tuple[list[Block], Later] | None = None
         weak = weakref.WeakMethod(self._receive)
         arguments = getattr(self.collector.curvature, "arguments", ((0, "input"),))
@@ -119,10 +119,10 @@ class Curvature:
 
         `model_due` asks for rows of the quadratic model, `exactly` for those of exact vectors where factors have them.
         """
-        if self._skipped is not None and self._skipped.known():
-            if not self._skipped.value():  # what was due then is due again
+        while self._pending and self._pending[0].known():
+            if not self._pending.pop(0).value():  # what was due then is due again
                 self._factors_at = self._inverses_at = -1
-            self._skipped = None
+                self.method.due_again()
         early = self.step < self.early_steps
         self._factors_due = early or self._due(self._factors_at, self.factor_interval)
         self._inverses_due = early or self._due(self._inverses_at, self.inverse_interval)
@@ -321,8 +321,8 @@ class Curvature:
         for state in self.states.values():
             state.age += 1
         self.step += 1
-        if finite.device.type != "cpu":
-            self._skipped = Later(finite)
+        if (self._factors_due or self._inverses_due) and not at_once(finite.device):
+            self._pending.append(Later(finite))
 
     # What users look at, save and load.
 
@@ -389,7 +389,7 @@ class Curvature:
             self.states[by_name[name]] = BlockState.of(by_name[name])
             self.states[by_name[name]].load(state, by_name[name].parameters[0].device)
         self.method.load(saved["method"], by_name, device)
-        self._skipped = self._failures = None
+        self._pending, self._failures = [], None
 
     def warn(self, key: str, message: str) -> None:
         """Warn once for each key."""

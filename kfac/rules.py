@@ -94,7 +94,7 @@ class FixedRule:
         if self.kl_clip is not None:
             factor = clip.kl_factor(form, self.kl_clip)
             if problem.room is not None:
-                known = problem.room if self.room is None else self.room
+                known = torch.full_like(problem.room, torch.inf) if self.room is None else self.room
                 self.room = torch.where(problem.finite, problem.room, known)
             if self.room is not None:
                 promise = torch.zeros_like(form)
