@@ -297,6 +297,8 @@ class Capture:
             if _held is None and torch.is_grad_enabled() and any(block in f.hidden for f in self._forwards):
                 raise RuntimeError(_REENTRANT)
             return
+        if not output.numel():
+            return  # an expert that got no token: nothing that could have rows
         if not torch.is_grad_enabled() or not output.requires_grad:
             if self._running is not None and all(call.block is not block for call in self._running.calls):
                 self._running.hidden.add(block)

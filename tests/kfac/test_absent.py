@@ -167,3 +167,87 @@ def test_a_layer_without_statistics_decays_as_its_group_does(optimizer: Any, lr:
         moves[decay] = truth.step(used, problem)
     assert torch.allclose(moves[10.0]["one.weight"] - moves[0.0]["one.weight"], -1e-3 * 10 * before["one.weight"])
     assert torch.equal(moves[10.0]["two.weight"], moves[0.0]["two.weight"])
+
+
+# A layer whose input is empty
+
+
+class Mixture(nn.Module):
+    """Each row of the batch goes to one of three experts, as `route` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.gate = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+        self.route = torch.tensor([0, 1, 2, 0, 1, 0])
+
+    def forward(self, value: Tensor) -> Tensor:
+        hidden, shares = torch.tanh(self.first(value)), self.gate(value).softmax(1)
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            own = (self.route == number).nonzero()[:, 0]
+            out = out.index_add(0, own, expert(hidden[own]) * shares[own, number, None])
+        return self.last(hidden + out)
+
+
+ROUTES = [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 1, 1], [2, 2, 2, 2, 2, 2], [0, 1, 2, 2, 2, 1]]
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("options", [{}, {"lr": 0.05}, {"fisher": "sampled", "adapt_damping": True}])
+@pytest.mark.parametrize("first", range(4))
+@pytest.mark.filterwarnings("ignore:.*no statistics arrived")
+def test_experts_without_a_token_do_no_harm(optimizer: Any, options: Any, first: int) -> None:
+    problem = problem_of(Mixture)
+    used = optimizer(problem.model, loss=problem.criterion, **options)
+    start = problem.loss().item()
+
+    def closure() -> Tensor:
+        used.zero_grad()
+        loss = problem.loss()
+        loss.backward()
+        return loss
+
+    for count in range(20):
+        problem.model.route = torch.tensor(ROUTES[(first + count) % len(ROUTES)])
+        used.step(closure)
+        assert all(p.isfinite().all() for p in problem.model.parameters())
+    problem.model.route = torch.tensor(ROUTES[0])
+    assert problem.loss().item() < start
+    assert {f"experts.{i}.1" for i in range(3)} <= used.curvature().keys()
+
+
+EMPTY: list[tuple[Callable[[], nn.Module], Tensor]] = [
+    (lambda: nn.Linear(4, 3), torch.zeros(0, 4)),
+    (lambda: nn.Linear(4, 3), torch.zeros(2, 0, 4)),
+    (lambda: nn.Conv1d(4, 3, 1), torch.zeros(0, 4, 5)),
+    (lambda: nn.Embedding(4, 3), torch.zeros(6, 0)),
+    (lambda: nn.LayerNorm(4), torch.zeros(0, 4)),
+]  # fmt: skip
+
+
+class Beside(nn.Module):
+    """A layer with an empty input beside a net."""
+
+    def __init__(self, side: nn.Module, empty: Tensor) -> None:
+        super().__init__()
+        self.net, self.side, self.empty = nn.Linear(4, 3), side, empty
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.net(value) + self.side(self.empty).sum()
+
+
+@pytest.mark.parametrize("number", range(len(EMPTY)))
+@RULES
+@pytest.mark.filterwarnings("ignore:.*no statistics arrived")
+def test_a_call_with_an_empty_input_is_no_call(number: int, options: Any) -> None:
+    side, empty = EMPTY[number][0](), EMPTY[number][1]
+    empty = empty.long() if isinstance(side, nn.Embedding) else empty.double()
+    problem = problem_of(lambda: Beside(side, empty))
+    plain = problem.copy()
+    plain.model = plain.model.get_submodule("net")
+    used, other = (KFAC(p.model, loss=p.criterion, **EVERY, **options) for p in (problem, plain))
+    for _ in range(3):
+        moves, expected = truth.step(used, problem), truth.step(other, plain)
+        assert not any(moves[name].any() for name in moves if name.startswith("side."))
+        assert all(torch.equal(moves[f"net.{name}"], move) for name, move in expected.items())
