@@ -184,14 +184,7 @@ class Curvature:
         """Whether all that a step works on is finite: `tensors`, losses, new statistics; 0-dimensional bool."""
         # A row that is not finite shows on the diagonal of its own outer product.
         diagonals = [diagonal(x) for a, _, g in self.collector.sums.values() for x in (a, g)]
-        checked = [*tensors, *self.collector.values(), *diagonals]
-        if not checked:
-            return torch.ones((), dtype=torch.bool)
-        # A sum is finite only if every entry is. On a CPU sums are several times faster than norms, elsewhere one call
-        # for all tensors is.
-        on_host = checked[0].device.type == "cpu"
-        sums = [x.sum() for x in checked] if on_host else list(torch._foreach_norm(checked, 1))
-        return torch.stack(sums).isfinite().all()
+        return all_finite([*tensors, *self.collector.values(), *diagonals])
 
     # Averages, damping, preconditioners.
 
@@ -396,6 +389,17 @@ class Curvature:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(f"{self._owner}: {message}", stacklevel=_level_of_caller())
+
+
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether every entry of some tensors is finite; 0-dimensional bool."""
+    if not tensors:
+        return torch.ones((), dtype=torch.bool)
+    # A sum is finite only if every entry is. On a CPU sums are several times faster than norms, elsewhere one call for
+    # all tensors is.
+    on_host = tensors[0].device.type == "cpu"
+    sums = [x.sum() for x in tensors] if on_host else list(torch._foreach_norm(tensors, 1))
+    return torch.stack(sums).isfinite().all()
 
 
 def _level_of_caller() -> int:

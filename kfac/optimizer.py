@@ -296,6 +296,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             step=curvature.step,
         )
         if not blocks and self.self_tuning:
+            self._fallback.settle(self.state, finite, None)
             return {}
         plan = self._rule(problem)
         steps = parts.split(plan.steps)
@@ -325,9 +326,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         ]
         if pairs:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
-        if plan.factor is not None:
-            self._fallback.scale(plan.factor)
-        self._curvature.stats |= plan.stats
+        self._fallback.settle(self.state, plan.finite, plan.factor)
+        self._curvature.stats |= plan.stats | {"skipped": 1.0 - plan.finite.float()}
 
     def _decay(self, parts: Parts, plan: Plan, group_of: dict[int, dict[str, Any]]) -> None:
         """Decoupled weight decay, at the rate of each part."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .curvature import Curvature
+from .curvature import Curvature, all_finite
 from .ekfac import KroneckerEigenMethod
 from .gkfac import TwoLevelMethod
 from .kfac import KroneckerMethod
@@ -106,7 +106,7 @@ class Preconditioner:
     def step(self) -> None:
         """Replace the gradients; call it between `backward()` and the optimizer's `step()`.
 
-        Where a gradient or a statistic is not finite, all gradients stay as they are.
+        Where a gradient, a statistic or a direction is not finite, all gradients stay as they are.
         """
         with self._curvature.unmixed():
             self._step()
@@ -123,10 +123,12 @@ class Preconditioner:
             curvature.update(finite)
             ready = [i for i, block in enumerate(blocks) if curvature.ready(block)]
             solved = curvature.directions([blocks[i] for i in ready], [gradients[i] for i in ready])
+            whole = finite & all_finite(solved) if solved else finite
+            curvature.stats["skipped"] = 1.0 - whole.float()
             for i, direction in zip(ready, solved, strict=True):
                 for parameter, new in zip(blocks[i].parameters, blocks[i].tensors(direction), strict=True):
                     if parameter.grad is not None:
-                        parameter.grad.copy_(torch.where(finite, new, parameter.grad))
+                        parameter.grad.copy_(torch.where(whole, new, parameter.grad))
             curvature.finish(finite)
         curvature.arm(model_due=False)
 

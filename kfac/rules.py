@@ -103,7 +103,7 @@ class FixedRule:
                     promise = promise + group["lr"] * slope
                 tiny = torch.finfo(promise.dtype).tiny
                 factor = torch.minimum(factor, self.room.to(factor.dtype) / promise.abs().clamp_min(tiny))
-        finite = problem.finite & factor.isfinite()
+        finite = problem.finite & form.isfinite() & factor.isfinite()  # a direction that is not shows in the form
         steps = [
             select(finite, x.mul_(-group["lr"] * factor), None) for x, group in zip(directions, groups, strict=True)
         ]
@@ -161,7 +161,7 @@ class SelfTuningRule:
         taken = _bounded(weights, lower, slope, form, limit)
         without = _bounded(torch.stack([alone, torch.zeros_like(alone)]), torch.zeros_like(lower), slope, form, limit)
         taken = torch.where(_decrease(taken, slope, form) >= 0, taken, without)
-        finite = problem.finite & weights.isfinite().all() & taken.isfinite().all()
+        finite = problem.finite & torch.cat([form.reshape(-1), slope, weights, taken]).isfinite().all()
         known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]
         self.alpha_mean = torch.where(finite, mean, known)
