@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .kfac import KroneckerMethod
 from .later import seen_broken
 from .layers import Block
 from .method import Method
-from .options import check_options
+from .options import check_options, gradual
 from .state import LayerCurvature
 
 _METHODS: dict[str, Callable[..., Method]] = {
@@ -59,8 +60,8 @@ class Preconditioner:
         fisher: str = "auto",
         fisher_samples: int = 1,
         stat_decay: float = 0.95,
-        factor_interval: int | Callable[[int], int] = 10,
-        inverse_interval: int | Callable[[int], int] = 100,
+        factor_interval: int | Callable[[int], int] | None = None,
+        inverse_interval: int | Callable[[int], int] | None = None,
         preconditioning_dtype: torch.dtype | str | None = None,
         generator: torch.Generator | None = None,
         sharing: str | Mapping[str, str] = "expand",
@@ -82,8 +83,8 @@ class Preconditioner:
             fisher=fisher,
             fisher_samples=fisher_samples,
             stat_decay=stat_decay,
-            factor_interval=factor_interval,
-            inverse_interval=inverse_interval,
+            factor_interval=factor_interval if factor_interval is not None else partial(gradual, 10),
+            inverse_interval=inverse_interval if inverse_interval is not None else partial(gradual, 100),
             generator=generator,
             sharing=sharing,
             max_factor_size=max_factor_size,
