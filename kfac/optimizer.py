@@ -311,6 +311,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             return torch.zeros(block.shape, dtype=block.dtype, device=parameter.device)
         return _trained(block, buffer)
 
+    def _part_from(self, moved: list[Block]) -> None:
+        """Copy the momentum of layers that took no part: a view of all layers' would keep those in memory."""
+        for block in set(self.blocks).difference(moved):
+            state = self.state.get(block.parameters[0], {})
+            buffer = state.get("momentum_buffer")
+            if buffer is not None and buffer.untyped_storage().nbytes() > buffer.nbytes:
+                state["momentum_buffer"] = buffer.clone()
+
     def _apply(self, problem: Problem, plan: Plan, steps: list[Tensor], group_of: dict[int, dict[str, Any]]) -> None:
         parts = problem.parts
         if self.decoupled_weight_decay:
@@ -318,6 +326,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         for block, buffer, part in zip(parts.blocks, parts.split(plan.buffers), parts.of, strict=True):
             if parts.groups[part]["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
+        if parts.joined:
+            self._part_from(parts.blocks)
         pairs = [
             (parameter, change)
             for block, step in zip(parts.blocks, steps, strict=True)
