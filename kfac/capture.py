@@ -43,7 +43,8 @@ _held: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] | None = None
 class Call:
     """One call of a layer: its block, its input, where gradients of its output arrive, and how many numbers that has.
 
-    `context` is the block's.
+    `context` is the block's. `open` says that the input is a leaf of the graph, such as a batch of data: once the
+    backward is over its owner may write into it.
     """
 
     block: Block
@@ -52,6 +53,7 @@ class Call:
     edge: GradientEdge
     size: int
     context: Any = None
+    open: bool = False
 
     @property
     def rows(self) -> Tensor | Unwritten:
@@ -307,8 +309,9 @@ class Capture:
             self._forwards.append(Forward(next(self._numbers)))
         x = args[0] if args else kwargs["input"]
         self._forwards[-1].hidden.discard(block)
+        context, leaf = block.context(module, output), (x if x._base is None else x._base).is_leaf
         self._forwards[-1].calls.append(
-            Call(block, module, x.detach(), get_gradient_edge(output), output.numel(), block.context(module, output))
+            Call(block, module, x.detach(), get_gradient_edge(output), output.numel(), context, leaf)
         )
 
     def _hold_buffers(self, module: nn.Module, args: tuple) -> None:

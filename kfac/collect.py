@@ -172,12 +172,12 @@ class Collector:
                 factor_rows, mask = rows.thinned(factor_rows, mask, self.enough)
             self._accumulate(factor_rows, mask)
             if self.keeps_rows:
-                self.factor_rows.append((factor_rows if mixed is None else mixed).kept())
+                self.factor_rows.append((factor_rows if mixed is None else mixed).kept(batch))
             del factor_rows  # before the next vectors are sent
             for some in waiting:
                 self._accumulate(rows.send_back(batch, some, weight), mask, again=True)
         if model_rows is not None:
-            self.model_rows.append((rows.quarter(model_rows) if many else model_rows).kept())
+            self.model_rows.append((rows.quarter(model_rows) if many else model_rows).kept(batch))
         return True
 
     def _vectors(self, fisher: str, batch: Batch, output: Any) -> list[Tensor]:
