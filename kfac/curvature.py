@@ -338,7 +338,8 @@ class Curvature:
             size_g = f"{times}{d_out}{'' if block.diagonal_g else '^2'}"
             count = sum(p.numel() for p in block.parameters)
             state = self.states.get(block)
-            held = f"{state.bytes() / 2**20:12.2f}" if state is not None else "-"
+            missing = "no statistics" if self.step else "-"
+            held = f"{state.bytes() / 2**20:12.2f}" if state is not None else missing
             lines.append(f"{start} {size_a:>12} {size_g:>12} {count:11,} {held:>13}")
         return lines
 

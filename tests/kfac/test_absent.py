@@ -169,6 +169,16 @@ def test_a_layer_without_statistics_decays_as_its_group_does(optimizer: Any, lr:
     assert torch.equal(moves[10.0]["two.weight"], moves[0.0]["two.weight"])
 
 
+@pytest.mark.filterwarnings("ignore:.*no statistics arrived")
+def test_the_summary_says_which_layers_have_no_statistics() -> None:
+    problem = problem_of(Uncalled)
+    used = KFAC(problem.model, loss=problem.criterion)
+    assert "no statistics" not in used.summary()
+    truth.step(used, problem)
+    lines = {line.split()[0]: line for line in used.summary().splitlines()}
+    assert {name for name, line in lines.items() if line.endswith("no statistics")} == {"one", "two"}
+
+
 # A layer whose input is empty
 
 
