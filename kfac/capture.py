@@ -11,6 +11,7 @@ If the criterion object is not the one that is called (a functional loss), the o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +44,8 @@ _held: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] | None = None
 class Call:
     """One call of a layer: its block, its input, where gradients of its output arrive, and how many numbers that has.
 
-    `context` is the block's.
+    `context` is the block's. `open` says that the input is a leaf of the graph, such as a batch of data: once the
+    backward is over its owner may write into it.
     """
 
     block: Block
@@ -52,6 +54,7 @@ class Call:
     edge: GradientEdge
     size: int
     context: Any = None
+    open: bool = False
 
     @property
     def rows(self) -> Tensor | Unwritten:
@@ -127,6 +130,11 @@ class Batch:
         """Of dimension 0 of the output."""
         first = self.output[0] if isinstance(self.output, tuple) else self.output
         return first.shape[0] if first.dim() else 1
+
+    @functools.cached_property
+    def open_inputs(self) -> set[int]:
+        """Where the inputs lie in memory that their owner may write into."""
+        return {call.input.untyped_storage().data_ptr() for call in self.calls if call.open}
 
     def output_in(self, dtype: torch.dtype) -> Any:
         """`output` with its tensors in a dtype: under autocast they may be in half precision."""
@@ -336,6 +344,8 @@ class Capture:
             if _held is None and torch.is_grad_enabled() and any(block in f.hidden for f in self._forwards):
                 raise RuntimeError(_REENTRANT)
             return
+        if not output.numel():
+            return  # an expert that got no token: nothing that could have rows
         if not torch.is_grad_enabled() or not output.requires_grad:
             if self._running is not None and all(call.block is not block for call in self._running.calls):
                 self._running.hidden.add(block)
@@ -344,8 +354,9 @@ class Capture:
             self._forwards.append(Forward(next(self._numbers)))
         x = args[0] if args else kwargs["input"]
         self._forwards[-1].hidden.discard(block)
+        context, leaf = block.context(module, output), (x if x._base is None else x._base).is_leaf
         self._forwards[-1].calls.append(
-            Call(block, module, x.detach(), get_gradient_edge(output), output.numel(), block.context(module, output))
+            Call(block, module, x.detach(), get_gradient_edge(output), output.numel(), context, leaf)
         )
 
     def _hold_buffers(self, module: nn.Module, args: tuple) -> None:

@@ -168,9 +168,9 @@ class Collector:
                     else list(self.curvature.sampled(output, target, 1, self.generator(device)))
                 )
                 passed = self._passed(batch, vectors, weight, None, many, sampled, True, factors=False)
-                model_rows = passed[1] if passed else _for_model(rows.send_back(batch, vectors, weight), many)
+                model_rows = passed[1] if passed else _for_model(rows.send_back(batch, vectors, weight), batch, many)
             else:
-                model_rows = _for_model(shared, many)
+                model_rows = _for_model(shared, batch, many)
         if not (sums or any(taken is not None and taken.layers for taken in (factor_rows, model_rows))):
             return False
 
@@ -195,7 +195,7 @@ class Collector:
                 factor_rows = replace(factor_rows, layers=thin)
             self._accumulate(factor_rows, mask)
             if self.keeps_rows:
-                self.factor_rows.append((factor_rows if mixed is None else mixed).kept())
+                self.factor_rows.append((factor_rows if mixed is None else mixed).kept(batch))
             del factor_rows  # before the next vectors are sent
             for some in waiting:
                 self._accumulate(rows.send_back(batch, some, weight), mask, again=True)
@@ -227,7 +227,7 @@ class Collector:
 
         def take(block: Block, a: Any, g: Tensor) -> None:
             if model:
-                kept.update(_for_model(Rows({block: (a, g)}, weight), many).layers)
+                kept.update(_for_model(Rows({block: (a, g)}, weight), batch, many).layers)
             if factors:
                 sums[block] = _moments(block, *rows.thinned(a, g, index), mask, weight)
 
@@ -300,9 +300,9 @@ def _moments(
     return *rows.moment_a(block, a, g, mask, vectors), new_g
 
 
-def _for_model(taken: Rows, many: bool) -> Rows:
+def _for_model(taken: Rows, batch: Batch, many: bool) -> Rows:
     """What the quadratic model keeps."""
-    return (rows.quarter(taken) if many else taken).kept()
+    return (rows.quarter(taken) if many else taken).kept(batch)
 
 
 def _here(device: torch.device) -> bool:

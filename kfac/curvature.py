@@ -25,7 +25,7 @@ from . import compiling, distributed, factors
 from .capture import Batch, Capture, without_autocast
 from .collect import Collector
 from .find import find_blocks, without_block
-from .later import Later
+from .later import Later, at_once
 from .layers import Block
 from .linalg import diagonal
 from .method import Method
@@ -97,7 +97,7 @@ class Curvature:
         self._factors_at = self._inverses_at = -1
         self._factors_due = self._inverses_due = False
         self._warned: set[str] = set()
-        self._skipped: Later | None = None
+        self._pending: list[Later] = []  # whether steps that renewed something were finite
         self._failures: tuple[list[Block], Later] | None = None
         weak = weakref.WeakMethod(self._receive)
         arguments = getattr(self.collector.curvature, "arguments", ((0, "input"),))
@@ -119,10 +119,10 @@ class Curvature:
 
         `model_due` asks for rows of the quadratic model, `exactly` for those of exact vectors where factors have them.
         """
-        if self._skipped is not None and self._skipped.known():
-            if not self._skipped.value():  # what was due then is due again
+        while self._pending and self._pending[0].known():
+            if not self._pending.pop(0).value():  # what was due then is due again
                 self._factors_at = self._inverses_at = -1
-            self._skipped = None
+                self.method.due_again()
         early = self.step < self.early_steps
         self._factors_due = early or self._due(self._factors_at, self.factor_interval)
         self._inverses_due = early or self._due(self._inverses_at, self.inverse_interval)
@@ -163,7 +163,7 @@ class Curvature:
             return
         self.collector.share(self._capture.process_group)
         if not self.collector.weights:
-            if any(block.parameters[0].grad is not None for block in self.blocks):
+            if any(block.has_gradient() for block in self.blocks):
                 self.warn(
                     "nothing",
                     "statistics were due, but no forward and backward of the model came before this step",
@@ -184,15 +184,7 @@ class Curvature:
         """Whether all that a step works on is finite: `tensors`, losses, new statistics; 0-dimensional bool."""
         # A row that is not finite shows on the diagonal of its own outer product.
         diagonals = [diagonal(x) for a, _, g in self.collector.sums.values() for x in (a, g)]
-        checked = [*tensors, *self.collector.values(), *diagonals]
-        if not checked:
-            return torch.ones((), dtype=torch.bool)
-        # A sum is finite only if every entry is; in float16 it may overflow nevertheless. On a CPU sums are several
-        # times faster than norms, elsewhere one call for all tensors is.
-        checked = [x.float() if x.dtype == torch.float16 else x for x in checked]
-        joined = worth_joining(checked[0].device)
-        sums = list(torch._foreach_norm(checked, 1)) if joined else [x.sum() for x in checked]
-        return torch.stack(sums).isfinite().all()
+        return all_finite([*tensors, *self.collector.values(), *diagonals])
 
     # Averages, damping, preconditioners.
 
@@ -207,7 +199,8 @@ class Curvature:
         self.stats = {"skipped": 1.0 - finite.float()}
         with self.phase("statistics"):
             self._update_averages(finite)
-        if self._inverses_due and self.states:
+        unsolved = any(not state.solver for state in self.states.values())  # a layer whose first statistics came now
+        if unsolved or (self._inverses_due and self.states):
             with self.phase("inverses"):
                 self._renew(overrides or {})
         if self.collector.factor_rows:
@@ -326,8 +319,8 @@ class Curvature:
         for state in self.states.values():
             state.age += 1
         self.step += 1
-        if finite.device.type != "cpu":
-            self._skipped = Later(finite)
+        if (self._factors_due or self._inverses_due) and not at_once(finite.device):
+            self._pending.append(Later(finite))
 
     # What users look at, save and load.
 
@@ -350,7 +343,8 @@ class Curvature:
             size_g = f"{times}{d_out}{'' if block.diagonal_g else '^2'}"
             count = sum(p.numel() for p in block.parameters)
             state = self.states.get(block)
-            held = f"{state.bytes() / 2**20:12.2f}" if state is not None else "-"
+            missing = "no statistics" if self.step else "-"
+            held = f"{state.bytes() / 2**20:12.2f}" if state is not None else missing
             lines.append(f"{start} {size_a:>12} {size_g:>12} {count:11,} {held:>13}")
         return lines
 
@@ -401,13 +395,25 @@ class Curvature:
             self.states[by_name[name]] = BlockState.of(by_name[name])
             self.states[by_name[name]].load(state, by_name[name].parameters[0].device)
         self.method.load(saved["method"], by_name, device)
-        self._skipped = self._failures = None
+        self._pending, self._failures = [], None
 
     def warn(self, key: str, message: str) -> None:
         """Warn once for each key."""
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(f"{self._owner}: {message}", stacklevel=_level_of_caller())
+
+
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether every entry of some tensors is finite; 0-dimensional bool."""
+    if not tensors:
+        return torch.ones((), dtype=torch.bool)
+    # A sum is finite only if every entry is; in float16 it may overflow nevertheless. On a CPU sums are several times
+    # faster than norms, elsewhere one call for all tensors is.
+    tensors = [x.float() if x.dtype == torch.float16 else x for x in tensors]
+    joined = worth_joining(tensors[0].device)
+    sums = list(torch._foreach_norm(tensors, 1)) if joined else [x.sum() for x in tensors]
+    return torch.stack(sums).isfinite().all()
 
 
 def _level_of_caller() -> int:

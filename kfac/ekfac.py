@@ -75,6 +75,9 @@ class KroneckerEigenMethod(Method):
             factors.update_averages(averages, curvature.sum_over_ranks(new), counts, curvature.stat_decay, finite)
         self._scales_at = curvature.step
 
+    def due_again(self) -> None:
+        self._scales_at = -1
+
     def solve(self, block: Block, state: BlockState, matrix: Tensor) -> Tensor:
         divisor = state.solver["scales"] + state.damping_a[:, None, None]
         return solve_in_eigenbasis(state, matrix, divisor, self.dtype)

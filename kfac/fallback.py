@@ -20,7 +20,7 @@ class Fallback:
         empty = nn.Parameter(torch.zeros(()))
         self._adamw = torch.optim.AdamW([empty], lr=FALLBACK_LR, weight_decay=weight_decay)
         self._adamw.param_groups = []
-        self._moved: list[tuple[nn.Parameter, Tensor]] = []
+        self._moved: list[tuple[nn.Parameter, Tensor, dict[str, Tensor]]] = []  # with what they and their state were
 
     @property
     def settings(self) -> list[str]:
@@ -32,30 +32,29 @@ class Fallback:
         return {**self._adamw.defaults, "params": parameters, "lr": lr, "first_order": True}
 
     def step(self, groups: list[dict[str, Any]], state: dict, finite: Tensor) -> Tensor:
-        """One step, undone where `finite` is False; returns its part of the KL clip's quadratic form.
+        """One step, to be settled; returns its part of the KL clip's quadratic form, 0 unless `finite`.
 
         That part is lr |<step, gradient>| = lr^2 |<direction, gradient>|.
         """
         form = torch.zeros((), device=finite.device)
         moving = [p for group in groups for p in group["params"] if p.grad is not None]
-        self._moved = [(p, p.clone()) for p in moving]
+        self._moved = [(p, p.clone(), {name: entry.clone() for name, entry in state[p].items()}) for p in moving]
         if not moving:
             return form
-        kept = {p: {name: entry.clone() for name, entry in state[p].items()} for p in moving}
         self._adamw.param_groups, self._adamw.state = groups, state  # type: ignore[assignment]
         self._adamw.step()
-        for parameter, old in self._moved:
-            parameter.copy_(torch.where(finite, parameter, old))
-            for name, entry in state[parameter].items():
-                if entry.device == finite.device:  # the step count lies on the host, and reading `finite` there waits
-                    entry.copy_(torch.where(finite, entry, kept[parameter].get(name, torch.zeros_like(entry))))
         rates = {p: group["lr"] for group in groups for p in group["params"]}
-        for parameter, old in self._moved:
+        for parameter, old, _ in self._moved:
             assert parameter.grad is not None
             form = form + rates[parameter] * torch.where(finite, dot(parameter - old, parameter.grad).abs(), 0.0)
         return form
 
-    def scale(self, factor: Tensor) -> None:
-        """Scale the last step."""
-        for parameter, old in self._moved:
-            parameter.copy_(torch.lerp(old, parameter, factor.to(parameter.dtype)))
+    def settle(self, state: dict, finite: Tensor, factor: Tensor | None) -> None:
+        """Scale the last step by `factor`, or undo it where `finite` is False."""
+        for parameter, old, kept in self._moved:
+            new = parameter if factor is None else torch.lerp(old, parameter, factor.to(parameter.dtype))
+            parameter.copy_(torch.where(finite, new, old))
+            for name, entry in state[parameter].items():
+                if entry.device == finite.device:  # the step count lies on the host, and reading `finite` there waits
+                    entry.copy_(torch.where(finite, entry, kept.get(name, torch.zeros_like(entry))))
+        self._moved = []

@@ -5,15 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+AT_ONCE = {"cpu"}  # devices whose numbers the host has without waiting
+
+
+def at_once(device: torch.device) -> bool:
+    """Whether the host has numbers on a device without waiting."""
+    return device.type in AT_ONCE
+
 
 def seen_broken(finite: Tensor) -> bool:
     """Whether the host sees without waiting that a step is to be skipped; elsewhere than on a CPU it never looks."""
-    return finite.device.type == "cpu" and not finite.numpy()
+    return at_once(finite.device) and not finite.numpy()
 
 
 def select(condition: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
     """`torch.where` for a 0-dimensional condition, None for zeros; on a CPU one of the tensors itself, not a copy."""
-    if condition.device.type == "cpu":
+    if at_once(condition.device):
         return new if condition.numpy() else torch.zeros_like(new) if old is None else old
     return torch.where(condition, new, 0 if old is None else old)  # not 0.0: indices stay indices
 

@@ -74,6 +74,10 @@ class Block:
         """Whether shapes are known: a lazy layer's are after its first forward."""
         return not any(is_lazy(p) for p in self.parameters)
 
+    def has_gradient(self) -> bool:
+        """Whether the block takes part in a step: one of its parameters may be frozen meanwhile."""
+        return any(p.grad is not None for p in self.parameters)
+
     def matrix(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Tensors shaped as `parameters` (None for zeros) as one matrix [K, d_out, d_in]."""
         raise NotImplementedError

@@ -60,6 +60,9 @@ class Method:
     def after_statistics(self, curvature: Curvature, rows: list[Rows], finite: Tensor) -> None:
         """Called with the rows of a statistics step and their weights, once the preconditioners are renewed."""
 
+    def due_again(self) -> None:
+        """Called when a step turns out to have been broken: what it renewed is due at the next statistics."""
+
     def save(self) -> dict[str, Any]:
         """What the method keeps beside the blocks' states: plain tensors and numbers."""
         return {}

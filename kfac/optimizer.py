@@ -235,7 +235,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         curvature = self._curvature
         curvature.gather(needs_loss=self.self_tuning)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        blocks = [block for block in self.blocks if block.parameters[0].grad is not None]
+        blocks = [block for block in self.blocks if block.has_gradient()]
         groups = [self._group_of(block, group_of) for block in blocks]
         gradients = [self._gradients(block, group_of) for block in blocks]
         others = self._first_order_groups(group_of)
@@ -245,8 +245,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             curvature.stats = {"skipped": 1.0 - finite.float()}
             self._arm()
             return value
-        overrides = {b: (g["damping"], self._l2(g)) for b, g in zip(blocks, groups, strict=True)}
-        curvature.update(finite, overrides)
+        owners = {b: group_of[id(b.parameters[0])] for b in self.blocks if id(b.parameters[0]) in group_of}
+        curvature.update(finite, {block: (group["damping"], self._l2(group)) for block, group in owners.items()})
         with curvature.phase("update"):
             if self._levenberg is None or not self._levenberg.due():
                 self._update(blocks, groups, gradients, others, finite, group_of)
@@ -276,11 +276,16 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         gradients = [gradients[i] for i in usable]
         first_order = self._fallback.step(others, self.state, finite)
         parts = Parts(blocks, groups, joined=worth_joining(finite.device))
+
+        def solve(vector: list[Tensor]) -> list[Tensor]:
+            directions = curvature.directions(blocks, parts.split(vector))
+            return parts.join([_trained(block, own) for block, own in zip(blocks, directions, strict=True)])
+
         problem = Problem(
             parts,
             gradients,
             parts.join([self._buffer(block) for block in blocks]),
-            lambda vector: parts.join(curvature.directions(blocks, parts.split(vector))),
+            solve,
             finite,
             first_order,
             [curvature.dampings[blocks[i]] for i in parts.first],
@@ -292,6 +297,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             step=curvature.step,
         )
         if not blocks and self.self_tuning:
+            self._fallback.settle(self.state, finite, None)
             return {}
         plan = self._rule(problem)
         steps = parts.split(plan.steps)
@@ -302,7 +308,17 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """The momentum of a block, zeros at first."""
         parameter = block.parameters[0]
         buffer = self.state[parameter].get("momentum_buffer")
-        return torch.zeros(block.shape, dtype=block.dtype, device=parameter.device) if buffer is None else buffer
+        if buffer is None:
+            return torch.zeros(block.shape, dtype=block.dtype, device=parameter.device)
+        return _trained(block, buffer)
+
+    def _part_from(self, moved: list[Block]) -> None:
+        """Copy the momentum of layers that took no part: a view of all layers' would keep those in memory."""
+        for block in set(self.blocks).difference(moved):
+            state = self.state.get(block.parameters[0], {})
+            buffer = state.get("momentum_buffer")
+            if buffer is not None and buffer.untyped_storage().nbytes() > buffer.nbytes:
+                state["momentum_buffer"] = buffer.clone()
 
     def _apply(self, problem: Problem, plan: Plan, steps: list[Tensor], group_of: dict[int, dict[str, Any]]) -> None:
         parts = problem.parts
@@ -311,20 +327,25 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         for block, buffer, part in zip(parts.blocks, parts.split(plan.buffers), parts.of, strict=True):
             if parts.groups[part]["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
-        parameters: list[Tensor] = [parameter for block in parts.blocks for parameter in block.parameters]
-        changes = [change for block, step in zip(parts.blocks, steps, strict=True) for change in block.tensors(step)]
-        if parameters:
-            torch._foreach_add_(parameters, changes)
-        if plan.factor is not None:
-            self._fallback.scale(plan.factor)
-        self._curvature.stats |= plan.stats
+        if parts.joined:
+            self._part_from(parts.blocks)
+        pairs = [
+            (parameter, change)
+            for block, step in zip(parts.blocks, steps, strict=True)
+            for parameter, change in zip(block.parameters, block.tensors(step), strict=True)
+            if parameter.grad is not None
+        ]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        self._fallback.settle(self.state, plan.finite, plan.factor)
+        self._curvature.stats |= plan.stats | {"skipped": 1.0 - plan.finite.float()}
 
     def _decay(self, parts: Parts, plan: Plan, group_of: dict[int, dict[str, Any]]) -> None:
         """Decoupled weight decay, at the rate of each part."""
         decayed: list[dict[float, list[Tensor]]] = [{} for _ in plan.rates]
         for block, part in zip(parts.blocks, parts.of, strict=True):
             for parameter in block.parameters:
-                if decay := group_of[id(parameter)]["weight_decay"]:
+                if parameter.grad is not None and (decay := group_of[id(parameter)]["weight_decay"]):
                     decayed[part].setdefault(decay, []).append(parameter)
         for step, rate, by_decay in zip(plan.steps, plan.rates, decayed, strict=True):
             for decay, parameters in by_decay.items():
@@ -336,8 +357,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         gradients: list[Tensor | None] = []
         for parameter in block.parameters:
             gradient = parameter.grad
-            if l2 := self._l2(group_of[id(parameter)]):
-                gradient = l2 * parameter if gradient is None else gradient + l2 * parameter
+            if gradient is not None and (l2 := self._l2(group_of[id(parameter)])):
+                gradient = gradient + l2 * parameter
             gradients.append(gradient)
         return gradients
 
@@ -353,15 +374,21 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
     def _first_order_groups(self, group_of: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
         groups = [group for group in self.param_groups if group["first_order"]]
-        blind = [b for b in self.blocks if b.parameters[0].grad is not None and not self._curvature.knows(b)]
+        blind = [b for b in self.blocks if b.has_gradient() and not self._curvature.knows(b)]
         if blind:
             names = ", ".join(block.name for block in blind)
             self._curvature.warn(
                 "blind",
                 f"no statistics arrived for {names}: trained by AdamW (lr {FALLBACK_LR}) until they do",
             )
-            scale = group_of[id(blind[0].parameters[0])]["lr"] if self.self_tuning else 1.0
-            groups.append(self._fallback.group([p for b in blind for p in b.parameters], FALLBACK_LR * scale))
+        settings: dict[tuple[float, float], list[Tensor]] = {}
+        for block in blind:
+            lr = self._group_of(block, group_of)["lr"]
+            rate = FALLBACK_LR * (lr / (self.defaults["lr"] or lr or 1.0))  # goes with the schedule, 0 is 0
+            for parameter in block.parameters:
+                settings.setdefault((rate, group_of[id(parameter)]["weight_decay"]), []).append(parameter)
+        for (rate, decay), parameters in settings.items():
+            groups.append({**self._fallback.group(parameters, rate), "weight_decay": decay})
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -458,3 +485,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             if "momentum_buffer" in self.state.get(parameter, {}):
                 buffer = saved["state"][number_of[parameter]]["momentum_buffer"]
                 self.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, block.dtype, copy=True)
+
+
+def _trained(block: Block, matrix: Tensor) -> Tensor:
+    """A block's matrix with zeros for the parameters that have no gradient in this step, which do not move."""
+    if all(p.grad is not None for p in block.parameters):
+        return matrix
+    pairs = zip(block.parameters, block.tensors(matrix), strict=True)
+    return block.matrix([None if p.grad is None else own for p, own in pairs])

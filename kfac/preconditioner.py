@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .curvature import Curvature
+from .curvature import Curvature, all_finite
 from .ekfac import KroneckerEigenMethod
 from .gkfac import TwoLevelMethod
 from .kfac import KroneckerMethod
 from .later import seen_broken
 from .layers import Block
 from .method import Method
-from .options import check_options
+from .options import check_options, gradual
 from .state import LayerCurvature
 
 _METHODS: dict[str, Callable[..., Method]] = {
@@ -59,8 +60,8 @@ class Preconditioner:
         fisher: str = "auto",
         fisher_samples: int = 1,
         stat_decay: float = 0.95,
-        factor_interval: int | Callable[[int], int] = 10,
-        inverse_interval: int | Callable[[int], int] = 100,
+        factor_interval: int | Callable[[int], int] | None = None,
+        inverse_interval: int | Callable[[int], int] | None = None,
         preconditioning_dtype: torch.dtype | str | None = None,
         generator: torch.Generator | None = None,
         sharing: str | Mapping[str, str] = "expand",
@@ -82,8 +83,8 @@ class Preconditioner:
             fisher=fisher,
             fisher_samples=fisher_samples,
             stat_decay=stat_decay,
-            factor_interval=factor_interval,
-            inverse_interval=inverse_interval,
+            factor_interval=factor_interval if factor_interval is not None else partial(gradual, 10),
+            inverse_interval=inverse_interval if inverse_interval is not None else partial(gradual, 100),
             generator=generator,
             sharing=sharing,
             max_factor_size=max_factor_size,
@@ -106,7 +107,7 @@ class Preconditioner:
     def step(self) -> None:
         """Replace the gradients; call it between `backward()` and the optimizer's `step()`.
 
-        Where a gradient or a statistic is not finite, all gradients stay as they are.
+        Where a gradient, a statistic or a direction is not finite, all gradients stay as they are.
         """
         with self._curvature.unmixed():
             self._step()
@@ -114,7 +115,7 @@ class Preconditioner:
     def _step(self) -> None:
         curvature = self._curvature
         curvature.gather(needs_loss=False)
-        blocks = [block for block in self.blocks if block.parameters[0].grad is not None]
+        blocks = [block for block in self.blocks if block.has_gradient()]
         gradients = [block.matrix([p.grad for p in block.parameters]) for block in blocks]
         finite = curvature.finite(gradients)
         if seen_broken(finite):
@@ -123,10 +124,12 @@ class Preconditioner:
             curvature.update(finite)
             ready = [i for i, block in enumerate(blocks) if curvature.ready(block)]
             solved = curvature.directions([blocks[i] for i in ready], [gradients[i] for i in ready])
+            whole = finite & all_finite(solved) if solved else finite
+            curvature.stats["skipped"] = 1.0 - whole.float()
             for i, direction in zip(ready, solved, strict=True):
                 for parameter, new in zip(blocks[i].parameters, blocks[i].tensors(direction), strict=True):
                     if parameter.grad is not None:
-                        parameter.grad.copy_(torch.where(finite, new, parameter.grad))
+                        parameter.grad.copy_(torch.where(whole, new, parameter.grad))
             curvature.finish(finite)
         curvature.arm(model_due=False)
 

@@ -38,10 +38,25 @@ class Rows:
     weight: Tensor
     vectors: int = 1
 
-    def kept(self) -> Rows:
-        """The same for later, when the loop may have written into a layer's input again; images are not copied."""
-        layers = {block: (a.rows if isinstance(a, WithOne) else a, g) for block, (a, g) in self.layers.items()}
+    def kept(self, batch: Batch) -> Rows:
+        """The same for later: what lies in an input that the loop may write into again is copied."""
+        layers = {block: (_kept(a, batch.open_inputs), g) for block, (a, g) in self.layers.items()}
         return replace(self, layers=layers)
+
+
+def _kept(a: Tensor | Unwritten, inputs: set[int]) -> Tensor | Unwritten:
+    if isinstance(a, WithOne):
+        return a.rows
+    x = a.x if isinstance(a, Patches) else written(a)
+    if x.untyped_storage().data_ptr() not in inputs:
+        return a
+    return replace(a, x=copied(x)) if isinstance(a, Patches) else copied(x)
+
+
+def copied(x: Tensor) -> Tensor:
+    """A copy in the same layout: what is expanded stays so."""
+    once = x[tuple(slice(None if stride else 1) for stride in x.stride())]
+    return once.clone().expand(x.shape)
 
 
 def written(a: Tensor | Unwritten) -> Tensor:

@@ -95,7 +95,7 @@ class FixedRule:
         if self.kl_clip is not None:
             factor = clip.kl_factor(form, self.kl_clip)
             if problem.room is not None:
-                known = problem.room if self.room is None else self.room
+                known = torch.full_like(problem.room, torch.inf) if self.room is None else self.room
                 self.room = torch.where(problem.finite, problem.room, known)
             if self.room is not None:
                 promise = torch.zeros_like(form)
@@ -104,7 +104,7 @@ class FixedRule:
                     promise = promise + group["lr"] * slope
                 tiny = torch.finfo(promise.dtype).tiny
                 factor = torch.minimum(factor, self.room.to(factor.dtype) / promise.abs().clamp_min(tiny))
-        finite = problem.finite & factor.isfinite()
+        finite = problem.finite & form.isfinite() & factor.isfinite()  # a direction that is not shows in the form
         steps = [
             select(finite, x.mul_(-group["lr"] * factor), None) for x, group in zip(directions, groups, strict=True)
         ]
@@ -165,7 +165,7 @@ class SelfTuningRule:
         taken = _bounded(weights, lower, slope, form, limit)
         without = _bounded(torch.stack([alone, torch.zeros_like(alone)]), torch.zeros_like(lower), slope, form, limit)
         taken = torch.where(_decrease(taken, slope, form) >= 0, taken, without)
-        finite = problem.finite & weights.isfinite().all() & taken.isfinite().all()
+        finite = problem.finite & torch.cat([form.reshape(-1), slope, weights, taken]).isfinite().all()
         known = largest if self.alpha_mean is None else self.alpha_mean
         mean = weights[0] if self.alpha_mean is None else 0.9 * self.alpha_mean + 0.1 * weights[0]
         # A direction that does not lead down, as where the gradient is zero, says nothing about how far to go.

@@ -86,8 +86,13 @@ def no_waiting() -> Iterator[None]:
         (KFAC, {"factor_interval": 1, "inverse_interval": 1}),
         (EKFAC, {"lr": 0.05, "damping": 0.1, "factor_interval": 1, "inverse_interval": 1000}),
         (EKFAC, {"inverse_interval": 1000}),
+        (GKFAC, {"lr": 0.05, "damping": 0.1, "factor_interval": 1, "inverse_interval": 4}),
+        (GKFAC, {}),
     ],
-    ids=["fixed", "fixed-every-step", "self-tuning", "self-tuning-every-step", "ekfac-fixed", "ekfac-self-tuning"],
+    ids=[
+        *("fixed", "fixed-every-step", "self-tuning", "self-tuning-every-step"),
+        *("ekfac-fixed", "ekfac-self-tuning", "gkfac-fixed", "gkfac-self-tuning"),
+    ],
 )
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_no_step_waits_for_the_device(optimizer: Any, options: Any, loss: str) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ground_truth as truth
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BY_NAME
+from cases import BY_NAME, Problem
 from torch import Tensor, nn
 
-from kfac import EKFAC, GKFAC, KFAC
+from kfac import EKFAC, GKFAC, KFAC, rows
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
 EVERY: dict[str, Any] = {"factor_interval": 1, "inverse_interval": 1}
@@ -240,3 +243,65 @@ def test_a_graph_is_freed_with_its_loss() -> None:
             assert all(tensor() is None for tensor in freed) and freed
         finally:
             gc.enable()
+
+
+def net_of(first: nn.Module, *shape: int) -> tuple[Callable[[], nn.Module], Tensor]:
+    """A net of which this is the first layer, and its input."""
+    inputs = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    inputs = inputs % 7 if isinstance(first, nn.Embedding) else inputs.double().sin()
+    with torch.no_grad():
+        size = first.double()(inputs).flatten(1).shape[1]
+    return lambda: nn.Sequential(copy.deepcopy(first), nn.Tanh(), nn.Flatten(), nn.Linear(size, 20).double()), inputs
+
+
+FIRST = {
+    "linear": (lambda: nn.Linear(6, 5), (8, 6)),
+    "no bias": (lambda: nn.Linear(6, 5, bias=False), (8, 6)),
+    "tokens": (lambda: nn.Linear(6, 5, bias=False), (8, 3, 6)),
+    "embedding": (lambda: nn.Embedding(7, 5), (8, 3)),
+    "conv": (lambda: nn.Conv2d(2, 3, 2), (8, 2, 4, 4)),
+    "conv padded": (lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False, padding_mode="circular"), (8, 2, 4, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 2), (8, 2, 3, 3)),
+    "norm": (lambda: nn.LayerNorm(6), (8, 6)),
+}
+
+
+def evaluate(used: Any, problem: Problem, inputs: Tensor, overwrite: bool) -> Tensor:
+    used.zero_grad()
+    problem.inputs = inputs.clone()
+    loss = problem.loss()
+    loss.backward()
+    if overwrite:
+        problem.inputs.fill_(3)
+    return loss
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("options", [{}, {"lr": 0.05}, {"adapt_damping": True}], ids=["tuned", "fixed", "adapted"])
+@pytest.mark.parametrize("first", list(FIRST))
+def test_a_loop_may_write_the_next_batch_into_its_input_before_the_step(
+    optimizer: Any, options: Any, first: str
+) -> None:
+    moved = []
+    for overwrite in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer, shape = FIRST[first]
+            make, inputs = net_of(layer(), *shape)
+            problem = Problem(make(), nn.CrossEntropyLoss(), inputs, torch.arange(8))
+        used = optimizer(problem.model, loss=problem.criterion, **options)
+
+        for _ in range(3):
+            used.step(partial(evaluate, used, problem, inputs, overwrite))
+        moved.append(truth.vector(p.detach().clone() for p in problem.model.parameters()))
+    assert torch.equal(*moved)
+
+
+def test_images_that_are_kept_for_the_step_are_copied_in_the_layout_that_they_have() -> None:
+    """And what all examples share is not written out for each."""
+    images = torch.randn(6, 2, 4, 4).to(memory_format=torch.channels_last)
+    shared = torch.randn(1, 1, 3, 5).expand(1, 6, 3, 5)
+    for x in (images, shared):
+        kept = rows.copied(x)
+        assert torch.equal(kept, x) and kept.data_ptr() != x.data_ptr() and kept.stride() == x.stride()
+    assert rows.copied(shared).untyped_storage().nbytes() == 15 * 4

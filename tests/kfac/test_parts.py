@@ -136,3 +136,33 @@ def test_a_failed_inverse_is_that_of_its_own_layer(joined: Any) -> None:
     states["inner.1"].A[0, 2, 2] = 1.0
     truth.step(used, problem)
     assert float(used.stats["failed_inverses"]) == 0
+
+
+class Stochastic(nn.Module):
+    """Residual layers of which a step leaves out some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.left_out: set[int] = set()
+
+    def forward(self, value: Tensor) -> Tensor:
+        for number, layer in enumerate(self.inner):
+            if number not in self.left_out:
+                value = value + torch.tanh(layer(value))
+        return value
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.01}, {}], ids=["fixed", "self-tuning"])
+def test_layers_that_a_step_leaves_out_do_not_hold_the_momentum_of_all(options: dict[str, Any], joined: Any) -> None:
+    joined()
+    torch.manual_seed(0)
+    problem = Problem(Stochastic(), nn.MSELoss(), torch.randn(5, 8), torch.randn(5, 8))
+    used = KFAC(problem.model, loss=problem.criterion, **options)
+    size = sum(p.numel() * p.element_size() for p in problem.model.parameters())
+    for count in range(12):
+        problem.model.left_out = {(count * 5 + i) % 6 for i in range(count % 4)}
+        truth.step(used, problem)
+        held = {s["momentum_buffer"].untyped_storage() for s in used.state.values()}
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in held}
+        assert sum(sizes.values()) == size, count

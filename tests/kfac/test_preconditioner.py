@@ -285,3 +285,17 @@ def test_a_bad_argument_is_refused_in_one_line(options: dict[str, Any], words: l
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
     assert not any(module._forward_hooks for module in problem.model.modules()), "a refused one left its hooks"
+
+
+def test_renewals_are_gradual_at_first_as_in_the_fixed_rule() -> None:
+    """Ages of inverses, and counts of statistics."""
+    one, two = BY_NAME["mlp-ce-mean"].make(), BY_NAME["mlp-ce-mean"].make()
+    used = Preconditioner(one.model, loss=one.criterion)
+    fixed = KFAC(two.model, loss=two.criterion, lr=0.0)
+    for _ in range(40):
+        precondition(used, one)
+        truth.step(fixed, two)
+        for name, layer in fixed.curvature().items():
+            assert used.curvature()[name].age == layer.age
+    counts = [int(state.count) for c in (used, fixed) for state in c._curvature.states.values()]
+    assert set(counts) == {8 + 4 + 3 + 2 + 1}
