@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ import torch
 from mlflow import MlflowClient
 from runs import a_network, a_run, some_data
 
-from pipeline import data, models, records, tracking
+from pipeline import checkpoint, data, models, records, tracking
+from pipeline.checkpoint import Checkpoints
 from pipeline.config import ConfigError, RunConfig
 from pipeline.records import is_measured
 from pipeline.train import Untracked, train
@@ -269,6 +271,53 @@ def test_a_queued_run_waits_for_the_trainer_of_the_same_configuration(
     assert ended(first) == ended(second) == 0, printed(root)
     assert printed(root).count("; waiting for it to end") == 1
     assert without_clocks(root, run) == without_clocks(elsewhere, run) == expected
+
+
+def test_a_stage_that_succeeds_leaves_the_checkpoints_of_other_seeds(
+    root: Path, undisturbed: Callable[..., tuple[Any, float]]
+) -> None:
+    other = a_stage("sgd", seeds=[1])
+    expected, _ = undisturbed(other)
+    running = in_child(root, other, tracked=False)
+    wait_until(lambda: checkpoints(root), running)
+    os.kill(running.pid or 0, signal.SIGSTOP)
+    kept = sorted(root.glob("checkpoints/*/*/*/seed-1*"))
+    elsewhere = {"results": root / "elsewhere"}
+    try:
+        assert ended(in_child(root, a_stage("sgd", seeds=[0]), tracked=False, **elsewhere)) == 0
+        assert sorted(root.glob("checkpoints/*/*/*/seed-*")) == kept and len(kept) == 2
+        assert ended(in_child(root, other, tracked=False, **elsewhere)) == 2  # its lock holds
+    finally:
+        os.kill(running.pid or 0, signal.SIGCONT)
+    assert ended(running) == 0 and without_clocks(root, other) == expected
+    assert not (root / "checkpoints").exists()
+
+
+def test_killed_while_it_removes_what_it_kept_a_stage_ends_with_whole_records(
+    root: Path, undisturbed: Callable[..., tuple[Any, float]]
+) -> None:
+    run = a_stage("sgd", steps=64)
+    expected, _ = undisturbed(run)
+
+    def die_in_the_middle() -> None:
+        def remove_some(folder: Path, **_: Any) -> None:
+            if found := [*folder.rglob("history.csv")]:
+                found[0].unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.shutil.rmtree = remove_some  # type: ignore[assignment]
+
+    assert ended(in_child(root, run, die_in_the_middle, tracked=False)) == -signal.SIGKILL
+    assert ended(in_child(root, run, tracked=False)) == 0
+    assert without_clocks(root, run) == expected and not (root / "checkpoints").exists()
+
+
+def test_records_that_something_else_removed_are_a_failure(root: Path) -> None:
+    def lose_records() -> None:
+        Checkpoints.finish = lambda self: shutil.rmtree(self.records)  # type: ignore[method-assign]
+
+    assert ended(in_child(root, a_stage("sgd", steps=64), lose_records, tracked=False)) == 1
+    assert "2 of 2 seeds failed" in printed(root) and "seed-0/records: was removed by something else" in printed(root)
 
 
 @pytest.mark.slow
