@@ -28,7 +28,7 @@ import torch
 from mlflow import MlflowClient
 from runs import a_network, a_run, some_data
 
-from pipeline import checkpoint, data, models, records, tracking
+from pipeline import checkpoint, data, interruption, models, records, tracking
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import ConfigError, RunConfig
 from pipeline.records import is_measured
@@ -241,6 +241,31 @@ def test_a_signal_ends_a_run_cleanly_and_it_goes_on(
     assert "tiny kfac seed 0: goes on from step" in printed(root)
     assert without_clocks(root, run) == expected
     check_store(root, run, monkeypatch)
+
+
+def test_a_trainer_whose_dvc_was_killed_ends_with_a_checkpoint_and_the_next_goes_on(
+    root: Path, undisturbed: Callable[..., tuple[Any, float]]
+) -> None:
+    run = a_stage("kfac", seeds=[0])
+    expected, _ = undisturbed(run)
+
+    def as_a_stage() -> None:
+        interruption.IS_STAGE, interruption.STARTER = True, interruption._starter()
+        interruption._LOOK_EVERY = 0.05
+
+    def start_it() -> None:
+        os.setsid()
+        in_child(root, run, as_a_stage, tracked=False).join()
+
+    dvc = fork.Process(target=start_it)
+    dvc.start()
+    wait_until(lambda: checkpoints(root), dvc)
+    os.kill(dvc.pid or 0, signal.SIGKILL)
+    assert ended(dvc) == -signal.SIGKILL
+    next_one = in_child(root, run, tracked=False)  # at once: it waits for the orphan
+    assert ended(next_one) == 0, printed(root)
+    assert "(the dvc that started it is gone); the same command goes on from there" in printed(root)
+    assert "goes on from step" in printed(root) and without_clocks(root, run) == expected
 
 
 def test_a_second_trainer_of_a_configuration_is_refused_in_one_line_and_harms_nothing(
