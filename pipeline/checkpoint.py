@@ -32,6 +32,7 @@ from typing import Any
 from pipeline.checks import ConfigError
 from pipeline.config import RunConfig
 from pipeline.interruption import described_process, is_orphan
+from pipeline.records import settle
 from pipeline.store import workspace
 
 KEPT = 2
@@ -166,14 +167,9 @@ def _write(path: Path, state: Mapping[str, Any]) -> None:
             hashing = _Hashing(file)
             torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it only writes
             file.write(hashing.digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
+        settle(partial)
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        settle(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
