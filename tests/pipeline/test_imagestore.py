@@ -7,6 +7,7 @@ import http.server
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -217,6 +218,25 @@ def test_processes_at_once_read_once_and_leave_one_whole_file(
     assert capfd.readouterr().out.count("images read") == 1
     assert len([*(workspace / "raw").iterdir()]) == 2  # the file and the lock
     assert all(len(data.load(f"b{k}").train) == 30 for k in range(4))
+
+
+def test_what_a_killed_process_had_half_written_goes_when_the_set_is_needed_next(workspace: Path) -> None:
+    def write_half(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    def killed() -> None:
+        Path.write_bytes = write_half  # type: ignore[method-assign]
+        one_of_several(workspace, "small")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len([*(workspace / "raw").glob(".cifar10-*.pt.*")]) == 1
+    prepared(workspace)
+    assert {path.name for path in (workspace / "raw").iterdir()} == {kept_file(workspace).name, ".cifar10.lock"}
 
 
 # ---------------------------------------------------------------- download, or what to do instead
