@@ -47,7 +47,7 @@ def image_folder() -> Path | None:
         named, value = "image_folder", load().image_folder
     if not value:
         return None
-    folder = workspace() / Path(value).expanduser()
+    folder = workspace() / os.path.expanduser(value)
     if not folder.is_dir():
         raise ConfigError(f"{named}: {value!r} is no folder; expected the one that holds the images (docs/data.md)")
     return folder
@@ -379,6 +379,8 @@ def _named(archive: Path) -> Iterator[None]:
     except _FILTER_ERROR as error:
         raise ConfigError(f"{archive}: is refused: {_reason(error)}; expected files within the archive only") from None
     except _CUT_OFF as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine: no permission, a broken disk
+            raise ConfigError(f"{archive}: cannot be read: {error.strerror}") from None
         raise ConfigError(f"{archive}: is corrupt or cut off: {_reason(error)}") from None
 
 

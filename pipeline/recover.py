@@ -69,7 +69,7 @@ class Recovery:
 
         workers, others = self.dvc_processes()
         if others:
-            what = "; ".join(f"process {process.pid}: {' '.join(process.cmdline()[-3:])}" for process in others)
+            what = "; ".join(f"process {process.pid}: {' '.join(_words(process)[-3:])}" for process in others)
             raise ConfigError(f"dvc is running here ({what}); wait for it or end it; nothing was changed")
         if (holder := self._assembler()) is not None and self._lives(holder):
             raise ConfigError(f"process {holder} is queueing experiments here; wait for it; nothing was changed")
@@ -115,19 +115,22 @@ class Recovery:
         for process, words in _processes():
             experiment = "exec-run" in words and any(word.startswith(f"{self.root}/.dvc/tmp/") for word in words)
             if experiment and not with_workers:
-                process.kill()  # its trainer sees that, writes a checkpoint and ends
+                with contextlib.suppress(psutil.Error):
+                    process.kill()  # its trainer sees that, writes a checkpoint and ends
         for process, words in _processes():
-            if "pipeline.train" not in words or _environment(process).get("DVC_ROOT") != str(self.root):
-                continue
-            if any("dvc" in word for parent in process.parents() for word in parent.cmdline()[:3]):
-                continue
-            pair = " ".join(words[words.index("pipeline.train") + 1 :])
+            if "pipeline.train" in words and _environment(process).get("DVC_ROOT") == str(self.root):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ends at this moment
+                    self._end_orphan(process, " ".join(words[words.index("pipeline.train") + 1 :]))
+
+    def _end_orphan(self, process: psutil.Process, pair: str) -> None:
+        if any("dvc" in word for parent in process.parents() for word in _words(parent)[:3]):
+            return
+        try:
             process.terminate()
-            try:
-                process.wait(END_WITHIN)
-                self.done.append(f"trainer of {pair} (process {process.pid}), whose dvc is gone, was ended")
-            except psutil.TimeoutExpired:
-                self.left.append(f"trainer of {pair} (process {process.pid}) does not end; `kill -9 {process.pid}`")
+            process.wait(END_WITHIN)
+            self.done.append(f"trainer of {pair} (process {process.pid}), whose dvc is gone, was ended")
+        except (psutil.TimeoutExpired, psutil.AccessDenied):
+            self.left.append(f"trainer of {pair} (process {process.pid}) does not end; `kill -9 {process.pid}`")
 
     def _remove_stale_locks(self) -> None:
         path = self.root / ".dvc" / "tmp" / "rwlock"
@@ -447,10 +450,15 @@ def _queue_again(queue: LocalCeleryQueue, entry: QueueEntry) -> None:
 
 def _processes() -> Iterator[tuple[psutil.Process, list[str]]]:
     for process in psutil.process_iter():
-        try:
-            yield process, process.cmdline()
-        except psutil.Error:
-            continue
+        yield process, _words(process)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Its command line; nothing when it is gone or not ours to ask."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _folder(process: psutil.Process) -> Path:

@@ -210,6 +210,12 @@ def test_a_damaged_archive_is_named(tmp_path: Path, damage: Callable[[Path], Non
         read(tmp_path, CIFAR)
 
 
+def test_an_archive_that_the_machine_does_not_give_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "cifar10.tar.gz").symlink_to("/proc/self/mem")  # a file that nobody can read from its beginning
+    with pytest.raises(ConfigError, match=r"cifar10\.tar\.gz: cannot be read: Input/output error$"):
+        read(tmp_path, CIFAR)
+
+
 @pytest.mark.parametrize("kind", ["path", "link", "device"])
 def test_an_archive_that_reaches_out_of_its_folder_is_refused(tmp_path: Path, kind: str) -> None:
     packed(class_folders(CIFAR, tmp_path / ".unpacked"), tmp_path / "cifar10.tar")

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline import recover
+
 REPOSITORY = Path(__file__).parents[2]
 WELL = ["all is well: nothing was changed"]
 STAGE = "stages: {train: {cmd: 'touch begun; sleep ${seconds}; exit ${status}', params: [seconds, status]}}\n"
@@ -93,6 +95,26 @@ def test_a_temporary_run_is_left_while_it_lives_and_queued_again_once_when_it_wa
     assert "experiment mine, lost when its dvc was killed, is queued again" in said
     assert not [*root.glob(".dvc/tmp/exps/standalone/*/begun")]
     assert lines(command("recover")) == WELL
+
+
+def test_a_trainer_that_ends_by_itself_meanwhile_is_no_trouble(
+    root: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [sys.executable, "-c", "import time; time.sleep(600)", "pipeline.train", "tiny", "sgd"]
+    trainer = subprocess.Popen(words, env={**os.environ, "DVC_ROOT": str(root)})
+    look = recover._environment
+
+    def end_it_after_a_look(process: psutil.Process) -> dict[str, str]:
+        found = look(process)
+        if process.pid == trainer.pid:
+            trainer.kill()
+            trainer.wait()
+        return found
+
+    monkeypatch.setattr(recover, "_environment", end_it_after_a_look)
+    recovery = recover.Recovery(root)
+    recovery._end_orphans(with_workers=True)
+    assert trainer.returncode == -signal.SIGKILL and not recovery.done and not recovery.left
 
 
 @pytest.mark.parametrize("place", [[], ["--temp"]], ids=["workspace", "temporary"])
