@@ -14,10 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
@@ -243,6 +242,16 @@ def test_a_signal_ends_a_run_cleanly_and_it_goes_on(
     check_store(root, run, monkeypatch)
 
 
+def test_sigterm_makes_a_run_write_a_checkpoint_where_it_is(root: Path) -> None:
+    process = in_child(root, a_stage("sgd", seeds=[0], steps=100_000), tracked=False)
+    wait_until(lambda: checkpoints(root), process)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    assert ended(process) == 128 + signal.SIGTERM
+    step = int(checkpoints(root)[-1].stem.removeprefix("step-"))
+    told = f"tiny sgd seed 0: stopped after step {step} (SIGTERM); the same command goes on from there"
+    assert told in printed(root).splitlines()
+
+
 def test_a_trainer_whose_dvc_was_killed_ends_with_a_checkpoint_and_the_next_goes_on(
     root: Path, undisturbed: Callable[..., tuple[Any, float]]
 ) -> None:
@@ -445,14 +454,20 @@ def fill(folder: Path) -> None:
 
 
 def later(root: Path, act: Callable[[], None]) -> Callable[[], None]:
-    """Before a life: have `act` done in a thread when the first seed has two checkpoints."""
+    """Before a life: have `act` done when the first seed has two checkpoints."""
+    save = Checkpoints.save
 
-    def watch() -> None:
-        while len(checkpoints(root)) < 2:
-            time.sleep(0.002)
-        act()
+    def save_and_act(self: Checkpoints, step: int, state: Mapping[str, Any]) -> bool:
+        kept = save(self, step, state)
+        if len(checkpoints(root)) == 2:
+            Checkpoints.save = save  # type: ignore[method-assign]
+            act()
+        return kept
 
-    return lambda: threading.Thread(target=watch, daemon=True).start()
+    def arrange() -> None:
+        Checkpoints.save = save_and_act  # type: ignore[method-assign]
+
+    return arrange
 
 
 def in_own_mounts(test: Callable[[], None]) -> None:
