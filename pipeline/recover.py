@@ -99,14 +99,17 @@ class Recovery:
     # ------------------------------------------------------------ processes and locks
 
     def dvc_processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
-        """Queue workers of this repository, and other commands of DVC that run in it or in a temporary copy."""
+        """Queue workers of this repository, and other commands of DVC that run in it or in a temporary copy.
+
+        The experiments of workers are not among them, nor is DVC's look for a newer version of itself.
+        """
         workers, others = [], []
         for process, words in _processes():
             if not any(Path(word).name == "dvc" for word in words[:3]):
                 continue
             if "queue-worker" in words and _folder(process).is_relative_to(self.root):
                 workers.append(process)
-            elif "exec-run" not in words and _folder(process).is_relative_to(self.root):
+            elif not {"exec-run", "daemon"} & set(words) and _folder(process).is_relative_to(self.root):
                 others.append(process)
         return workers, others
 
