@@ -10,7 +10,8 @@ the main workspace belongs to exactly that: of another configuration nothing is 
 | `seed-<k>/records/` | the records of a seed that is over, while other seeds of the stage are not |
 | `seed-<k>.lock` | locked by the process that trains this seed, and says which |
 
-Files are written under a temporary name and renamed. The folder goes when the stage succeeds.
+Files are written under a temporary name and renamed. What a seed has there goes when its stage succeeds; stages that
+differ in their seeds alone share the folder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 from pipeline.checks import ConfigError
 from pipeline.config import RunConfig
 from pipeline.interruption import described_process, is_orphan
+from pipeline.records import settle
 from pipeline.store import workspace
 
 KEPT = 2
@@ -165,14 +167,9 @@ def _write(path: Path, state: Mapping[str, Any]) -> None:
             hashing = _Hashing(file)
             torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it only writes
             file.write(hashing.digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
+        settle(partial)
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        settle(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -187,12 +184,19 @@ def _read(path: Path) -> dict[str, Any]:
     return torch.load(io.BytesIO(content[:-_DIGEST]), map_location="cpu", weights_only=True)
 
 
-def remove(home: Path) -> None:
-    """All that is kept of a pair in `home`, and the folders above that this empties."""
-    shutil.rmtree(home, ignore_errors=True)
-    for folder in (home.parent, home.parent.parent, root()):
+def remove(home: Path, seeds: Iterable[int]) -> None:
+    """What `home` keeps of these seeds, whose locks this process holds, and the folders above that this empties."""
+    for seed in seeds:
+        folder, leaving = home / f"seed-{seed}", home / f".seed-{seed}.leaving"
+        shutil.rmtree(leaving, ignore_errors=True)  # of a process that was killed
+        with contextlib.suppress(OSError):
+            os.replace(folder, leaving)  # at once: half of its records would be taken for the whole
+        shutil.rmtree(leaving, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _lock_path(home, seed).unlink()  # who waits for it sees that it is another file
+    for empty in (home, home.parent, home.parent.parent, root()):
         with contextlib.suppress(OSError):  # in use by others
-            folder.rmdir()
+            empty.rmdir()
 
 
 # ---------------------------------------------------------------- one trainer at a time
@@ -207,10 +211,14 @@ def locked(home: Path, seeds: Iterable[int]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for seed in sorted(seeds):
-            file = stack.enter_context(contextlib.closing(_lock(home / f"seed-{seed}.lock")))
+            file = stack.enter_context(contextlib.closing(_lock(_lock_path(home, seed))))
             file.write(json.dumps(described_process()))
             file.flush()
         yield
+
+
+def _lock_path(home: Path, seed: int) -> Path:
+    return home / f"seed-{seed}.lock"
 
 
 def _lock(path: Path) -> Any:

@@ -8,6 +8,7 @@ import socket
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from pipeline.imagesets import ImageSet
@@ -49,14 +50,14 @@ def _answers(address: str) -> bool:
 
     try:
         return bool(within(ANSWER_WITHIN, ask))
-    except OSError:  # includes time-outs and all that urllib raises
+    except (OSError, HTTPException):  # includes time-outs and all that urllib raises
         return False
 
 
 def _fetched(download_url: object, address: str, place: Path, file: str, md5: str) -> bool:
     try:
         download_url(address, place, file, md5)  # type: ignore[operator]
-    except RuntimeError:  # the checksum
+    except (RuntimeError, HTTPException):  # the checksum, or what is no HTTP
         return False
     except OSError as error:
         if error.filename:  # of this machine: no space, no permission

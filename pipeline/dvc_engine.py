@@ -155,8 +155,8 @@ class Queue:
             self._patiently(lambda: self.repo.experiments.remove(exp_names=names))
 
     def _recover(self) -> None:
-        """After the death of workers, see to what they had taken."""
-        if Recovery(ROOT).dvc_processes()[0]:
+        """After the death of workers, see to what they had taken; not while another dvc has a point of its own here."""
+        if any(Recovery(ROOT).dvc_processes()):
             return
         if names := [entry.name for entry in lost(self._celery)]:
             recovery = Recovery(ROOT)

@@ -2,9 +2,9 @@
 
 The one idea: a form is found by what is inside, and all that is wrong with it is one line naming the file, before a
 tensor is made of it. The forms, the most exact first: the official files in torchvision's layout, compressed or not
-(compared with the published checksums); class folders `{train,test}/CLASS/NNNN.png|jpg`, at the top or below; tar
-archives of either, one or several. `order-train.txt` and `order-test.txt` beside the class folders, paths one a
-line, give the examples their original order. `docs/data.md` has the same for users.
+(compared with the published checksums); class folders `{train,test}/CLASS/NNNN.png|jpg`; tar archives of either, one
+or several. Each lies at the top or a folder or two below. `order-train.txt` and `order-test.txt` beside the class
+folders, paths one a line, give the examples their original order. `docs/data.md` has the same for users.
 """
 
 import gzip
@@ -47,7 +47,7 @@ def image_folder() -> Path | None:
         named, value = "image_folder", load().image_folder
     if not value:
         return None
-    folder = workspace() / Path(value).expanduser()
+    folder = workspace() / os.path.expanduser(value)
     if not folder.is_dir():
         raise ConfigError(f"{named}: {value!r} is no folder; expected the one that holds the images (docs/data.md)")
     return folder
@@ -118,19 +118,19 @@ class Classes:
 
 def forms(folder: Path, known: ImageSet) -> Iterator[Form]:
     """The places in `folder` where the set may be, the most exact first. Raises ConfigError for what is damaged."""
-    below = [folder, *_folders(folder)]
-    for place in (folder, *(each / known.home for each in below)):
+    below = _folders(folder)
+    places = [folder, *below, *(inner for each in below for inner in _folders(each))]
+    for place in (folder, *(each / known.home for each in places)):
         official = {file: path for file in known.file_names if (path := _either(place / file))}
         if official and (place != folder or len(official) == len(known.file_names)):
             entries = {file: Entry(str(path), path.read_bytes) for file, path in official.items()}
             yield Form(sorted(official.values()), partial(official_files, entries, known, str(place)))
-    deeper = [inner for each in below[1:] for inner in _folders(each)]
-    for place in sorted([*below, *deeper], key=lambda each: each.name != known.name):
+    for place in sorted(places, key=lambda each: each.name != known.name):
         found = _class_folders(place) if (place / "train").is_dir() else Classes()
         if found.belong_to(known):
             paths = [Path(entry.where) for entry in found.entries()]
             yield Form(paths, partial(class_images, found, known, f"{place}/", "class folders"))
-    archives = sorted(path for each in below for path in _files(each) if path.name.endswith(ARCHIVES))
+    archives = sorted(path for each in places for path in _files(each) if path.name.endswith(ARCHIVES))
     archives = [path for path in archives if path.stat().st_size <= LARGEST_ARCHIVE]
     if archives:
         yield Form(archives, partial(from_archives, archives, known))
@@ -303,8 +303,9 @@ def from_archives(archives: list[Path], known: ImageSet) -> Reading | None:
     for archive in archives:
         for name, content in _members(archive):
             path, where = PurePosixPath(name), f"{archive}:{name}"
-            if path.name in known.file_names and str(path.parent).endswith(known.home):
-                official[path.name] = _in_memory(where, content())
+            file = path.name.removesuffix(".gz")
+            if file in known.file_names and str(path.parent).endswith(known.home):
+                official[file] = _in_memory(where, content())
             elif path.name in [f"order-{part}.txt" for part in PARTS]:
                 part = path.stem.removeprefix("order-")
                 found.setdefault(str(path.parent), Classes()).order[part] = _in_memory(where, content())
@@ -378,6 +379,8 @@ def _named(archive: Path) -> Iterator[None]:
     except _FILTER_ERROR as error:
         raise ConfigError(f"{archive}: is refused: {_reason(error)}; expected files within the archive only") from None
     except _CUT_OFF as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine: no permission, a broken disk
+            raise ConfigError(f"{archive}: cannot be read: {error.strerror}") from None
         raise ConfigError(f"{archive}: is corrupt or cut off: {_reason(error)}") from None
 
 

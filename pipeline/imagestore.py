@@ -119,6 +119,8 @@ def _turn(known: ImageSet) -> Iterator[None]:
     _raw().mkdir(parents=True, exist_ok=True)
     with open(_raw() / f".{known.name}.lock", "a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in _raw().glob(f".{known.name}-*.pt.*"):  # by a process that was killed: who writes one has the lock
+            left.unlink()
         yield
 
 

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -19,22 +20,28 @@ import psutil
 
 _LOOK_EVERY = 1.0  # seconds
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish"}
+_GONE = {"pid": 0, "created": 0.0}  # describes no process
 
 
 def _starter() -> psutil.Process | None:
-    """The `dvc` that started this process: its parent, or what is behind the shell that is its parent."""
-    if "DVC_STAGE" not in os.environ:
-        return None
+    """What started this process as a stage: its parent, or what is behind the shell that is its parent.
+
+    DVC, and the worker that trains a tuning's trial, start a stage in their own session. A parent of another one has
+    only adopted it, and so has the machine's first process, unless it is DVC.
+    """
     try:
         parent = psutil.Process().parent()
         while parent is not None and parent.name() in _SHELLS:
             parent = parent.parent()
-    except psutil.Error:
+        if parent is None or any(Path(word).name == "dvc" for word in parent.cmdline()[:3]):
+            return parent
+        return parent if parent.pid != 1 and os.getsid(parent.pid) == os.getsid(0) else None
+    except (psutil.Error, OSError):  # it ended at this moment
         return None
-    return parent
 
 
-STARTER = _starter()  # looked up when the process starts: orphans have another parent
+IS_STAGE = "DVC_STAGE" in os.environ
+STARTER = _starter() if IS_STAGE else None  # looked up when the process starts: later an orphan has another parent
 
 
 class Interruption:
@@ -66,7 +73,7 @@ class Interruption:
         now = time.monotonic()
         if not self._reason and now - self._looked_at > _LOOK_EVERY:
             self._looked_at = now
-            if STARTER is not None and not _alive(STARTER):
+            if IS_STAGE and not (STARTER is not None and _alive(STARTER)):
                 self._reason = "the dvc that started it is gone"
         return self._reason
 
@@ -89,7 +96,10 @@ def _alive(process: psutil.Process) -> bool:
 
 def described_process() -> dict[str, Any]:
     """This process in numbers that another can look up, and the `dvc` that started it."""
-    return {**_described(psutil.Process()), "starter": None if STARTER is None else _described(STARTER)}
+    starter = _GONE if IS_STAGE else None
+    if STARTER is not None:
+        starter = _described(STARTER)
+    return {**_described(psutil.Process()), "starter": starter}
 
 
 def _described(process: psutil.Process) -> dict[str, Any]:

@@ -110,8 +110,7 @@ def write_run(
             (partial / "failure.txt").write_text(failure, encoding="utf-8")
         for name, content in (pictures or {}).items():
             (partial / name).write_bytes(content)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -122,10 +121,27 @@ def copy_run(source: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(source, partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename, once the disk has all of it: a folder that is there after a power cut is whole."""
+    for path in (*partial.iterdir(), partial):
+        settle(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    settle(folder.parent)
+
+
+def settle(path: Path) -> None:
+    """Wait until the disk has a file's content, or which files a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Value]]) -> None:

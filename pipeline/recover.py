@@ -28,7 +28,8 @@ from pipeline import checkpoint
 from pipeline.checks import ConfigError
 
 if TYPE_CHECKING:
-    from dvc.repo.experiments.queue.base import QueueEntry
+    from dvc.repo.experiments.executor.base import ExecutorInfo
+    from dvc.repo.experiments.queue.base import BaseStashQueue, QueueEntry
     from dvc.repo.experiments.queue.celery import LocalCeleryQueue
 
 UNFINISHED = "refs/exps/exec/EXEC_MERGE"  # what a `dvc exp run` in the workspace is about to run; gone when it is over
@@ -68,7 +69,7 @@ class Recovery:
 
         workers, others = self.dvc_processes()
         if others:
-            what = "; ".join(f"process {process.pid}: {' '.join(process.cmdline()[-3:])}" for process in others)
+            what = "; ".join(f"process {process.pid}: {' '.join(_words(process)[-3:])}" for process in others)
             raise ConfigError(f"dvc is running here ({what}); wait for it or end it; nothing was changed")
         if (holder := self._assembler()) is not None and self._lives(holder):
             raise ConfigError(f"process {holder} is queueing experiments here; wait for it; nothing was changed")
@@ -83,7 +84,7 @@ class Recovery:
             else:
                 for entry in lost(queue):
                     _queue_again(queue, entry)
-                    self.done.append(f"experiment {entry.name}, lost with its queue worker, is queued again")
+                    self.done.append(f"experiment {entry.name}, lost when its dvc was killed, is queued again")
         if any("queued again" in line for line in self.done):
             self.done.append("`dvc queue start -j 1` runs what is queued; training goes on from its checkpoints")
         self._bury()
@@ -98,14 +99,17 @@ class Recovery:
     # ------------------------------------------------------------ processes and locks
 
     def dvc_processes(self) -> tuple[list[psutil.Process], list[psutil.Process]]:
-        """Queue workers of this repository, and other commands of DVC that run in its root."""
+        """Queue workers of this repository, and other commands of DVC that run in it or in a temporary copy.
+
+        The experiments of workers are not among them, nor is DVC's look for a newer version of itself.
+        """
         workers, others = [], []
         for process, words in _processes():
             if not any(Path(word).name == "dvc" for word in words[:3]):
                 continue
             if "queue-worker" in words and _folder(process).is_relative_to(self.root):
                 workers.append(process)
-            elif "exec-run" not in words and _folder(process) == self.root:
+            elif not {"exec-run", "daemon"} & set(words) and _folder(process).is_relative_to(self.root):
                 others.append(process)
         return workers, others
 
@@ -114,19 +118,22 @@ class Recovery:
         for process, words in _processes():
             experiment = "exec-run" in words and any(word.startswith(f"{self.root}/.dvc/tmp/") for word in words)
             if experiment and not with_workers:
-                process.kill()  # its trainer sees that, writes a checkpoint and ends
+                with contextlib.suppress(psutil.Error):
+                    process.kill()  # its trainer sees that, writes a checkpoint and ends
         for process, words in _processes():
-            if "pipeline.train" not in words or _environment(process).get("DVC_ROOT") != str(self.root):
-                continue
-            if any("dvc" in word for parent in process.parents() for word in parent.cmdline()[:3]):
-                continue
-            pair = " ".join(words[words.index("pipeline.train") + 1 :])
+            if "pipeline.train" in words and _environment(process).get("DVC_ROOT") == str(self.root):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ends at this moment
+                    self._end_orphan(process, " ".join(words[words.index("pipeline.train") + 1 :]))
+
+    def _end_orphan(self, process: psutil.Process, pair: str) -> None:
+        if any("dvc" in word for parent in process.parents() for word in _words(parent)[:3]):
+            return
+        try:
             process.terminate()
-            try:
-                process.wait(END_WITHIN)
-                self.done.append(f"trainer of {pair} (process {process.pid}), whose dvc is gone, was ended")
-            except psutil.TimeoutExpired:
-                self.left.append(f"trainer of {pair} (process {process.pid}) does not end; `kill -9 {process.pid}`")
+            process.wait(END_WITHIN)
+            self.done.append(f"trainer of {pair} (process {process.pid}), whose dvc is gone, was ended")
+        except (psutil.TimeoutExpired, psutil.AccessDenied):
+            self.left.append(f"trainer of {pair} (process {process.pid}) does not end; `kill -9 {process.pid}`")
 
     def _remove_stale_locks(self) -> None:
         path = self.root / ".dvc" / "tmp" / "rwlock"
@@ -349,13 +356,43 @@ class Recovery:
 
 
 def lost(queue: LocalCeleryQueue) -> list[QueueEntry]:
-    """Points that a worker had taken when it was killed: not queued, not failed, and in no experiment."""
-    folders = [path for path in Path(queue.pid_dir).glob("*") if re.fullmatch("[0-9a-f]{40}", path.name)]
-    taken = [path.name for path in folders] + [entry.stash_rev for _, entry in queue._iter_processed()]
+    """Points that a worker or a `dvc exp run --temp` had begun when it was killed: not queued, not failed, and in no
+    experiment.
+    """
+    begun = [path.name for path in Path(queue.pid_dir).glob("*") if re.fullmatch("[0-9a-f]{40}", path.name)]
+    taken = [rev for rev in begun if _was_cut_off(queue, rev)] + [e.stash_rev for _, e in queue._iter_processed()]
     failed = queue.failed_stash.stash_revs if queue.failed_stash else {}
     waiting = {entry.stash_rev for entry in queue.iter_queued()}
-    entries = [_entry(queue, rev) for rev in dict.fromkeys(taken) if rev not in failed and rev not in waiting]
-    return [entry for entry in entries if not _is_over(queue, entry) and not _has_experiment(queue, entry)]
+    revs = [rev for rev in dict.fromkeys(taken) if rev not in failed and rev not in waiting]
+    entries = [_entry(queue, rev) for rev in revs if not _is_over(queue, rev)]
+    return [entry for entry in entries if not _has_experiment(queue, entry)]
+
+
+def _was_cut_off(queue: LocalCeleryQueue, rev: str) -> bool:
+    """Whether the notes of the dvc that began a point do not tell its end.
+
+    DVC makes a note for the queue of every point. That of one in the workspace is never altered, and `_workspace` sees
+    to it; the end of one in a temporary folder is in a note of its own.
+    """
+    from dvc.repo.experiments.executor.base import TaskStatus
+
+    begun = latest = _note(queue, rev)
+    if begun is not None and begun.location == "workspace":
+        return False
+    if begun is not None and begun.location == "tempdir":
+        latest = _note(queue.repo.experiments.tempdir_queue, rev)
+    return latest is None or latest.status < TaskStatus.FAILED
+
+
+def _note(queue: BaseStashQueue, rev: str) -> ExecutorInfo | None:
+    """What DVC noted of a point that it began; None when it did not come so far or was cut off while it wrote."""
+    from dvc.exceptions import DvcException
+    from dvc.repo.experiments.executor.base import ExecutorInfo
+
+    try:
+        return ExecutorInfo.load_json(queue.get_infofile_path(rev))
+    except (OSError, TypeError, DvcException):
+        return None
 
 
 def _entry(queue: LocalCeleryQueue, stashed: str) -> QueueEntry:
@@ -370,13 +407,14 @@ def _entry(queue: LocalCeleryQueue, stashed: str) -> QueueEntry:
     return QueueEntry(queue.repo.root_dir, queue.scm.root_dir, queue.ref, stashed, baseline, branch or None, name, head)
 
 
-def _is_over(queue: LocalCeleryQueue, entry: QueueEntry) -> bool:
-    """Whether the experiment was run to its end and collected, even if it was removed afterwards."""
-    try:
-        result = queue._load_info(entry.stash_rev).result
-    except (OSError, ValueError):
+def _is_over(queue: LocalCeleryQueue, rev: str) -> bool:
+    """Whether the point was run to its end and collected, even if its experiment was removed afterwards."""
+    from dvc.repo.experiments.executor.base import TaskStatus
+
+    note = _note(queue, rev)
+    if note is None or note.status != TaskStatus.FINISHED or note.result is None:
         return False
-    return result is not None and result.ref_info is not None and result.exp_hash is not None
+    return note.result.ref_info is not None and note.result.exp_hash is not None
 
 
 def _has_experiment(queue: LocalCeleryQueue, entry: QueueEntry) -> bool:
@@ -398,13 +436,11 @@ def _queue_again(queue: LocalCeleryQueue, entry: QueueEntry) -> None:
                 with contextlib.suppress(FileNotFoundError):  # it has no result
                     AsyncResult(taken.headers["id"]).forget()
                 queue.celery.purge(taken.delivery_tag)
-        try:
-            folder = Path(queue._load_info(entry.stash_rev).root_dir)
-            if folder.is_relative_to(Path(queue.repo.tmp_dir or "")):
-                shutil.rmtree(folder, ignore_errors=True)
-        except (OSError, ValueError):
-            pass  # it had not come so far
-        shutil.rmtree(Path(queue.pid_dir) / entry.stash_rev, ignore_errors=True)
+        note = _note(queue, entry.stash_rev)
+        if note is not None and Path(note.root_dir).is_relative_to(queue.repo.tmp_dir or ""):
+            shutil.rmtree(note.root_dir, ignore_errors=True)
+        for notes in (queue.pid_dir, queue.repo.experiments.tempdir_queue.pid_dir):
+            shutil.rmtree(Path(notes) / entry.stash_rev, ignore_errors=True)
         message = queue.stash.format_message(
             entry.head_rev, baseline_rev=entry.baseline_rev, name=entry.name, branch=entry.branch
         )
@@ -417,10 +453,15 @@ def _queue_again(queue: LocalCeleryQueue, entry: QueueEntry) -> None:
 
 def _processes() -> Iterator[tuple[psutil.Process, list[str]]]:
     for process in psutil.process_iter():
-        try:
-            yield process, process.cmdline()
-        except psutil.Error:
-            continue
+        yield process, _words(process)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Its command line; nothing when it is gone or not ours to ask."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _folder(process: psutil.Process) -> Path:

@@ -69,7 +69,7 @@ def train(
         for seed in run.seeds:
             stage.train(seed, Checkpoints(home, seed, checkpoint_seconds))
         if not stage.troubles:
-            checkpoint.remove(home)
+            checkpoint.remove(home, run.seeds)
     if stage.troubles:
         troubles = f"{len(stage.troubles)} of {len(run.seeds)} seeds failed; {stage.troubles[0]}"
         sys.exit(f"error: {run.benchmark} {run.optimizer}: {troubles}")
@@ -102,12 +102,15 @@ class Stage:
             tracking.complete(kept.records)
         else:
             self._train(seed, kept)
+        place = self.folder / f"seed-{seed}"
         if kept.records.is_dir():
             try:
-                copy_run(kept.records, self.folder / f"seed-{seed}")
+                copy_run(kept.records, place)
             except OSError as error:
                 where = f"{self.folder}: cannot be written: {error.strerror or error}"
                 self.troubles.append(f"{where}; records are in {kept.records} and the same command brings them in")
+        elif not place.is_dir():
+            self.troubles.append(f"{kept.records}: was removed by something else; the same command trains it again")
 
     def _train(self, seed: int, kept: Checkpoints) -> None:
         from pipeline import models, pictures

@@ -281,7 +281,7 @@ def test_recover_after_killed_queue_workers(study: Workspace, experiment: dict[s
     kill_workers(workspace)
     said = recovered(workspace)
     again = [line for line in said if "is queued again" in line]
-    assert len(again) == 2 and all("lost with its queue worker" in line for line in again), said
+    assert len(again) == 2 and all("lost when its dvc was killed" in line for line in again), said
     run_queue(workspace, ["first", "second", "third"], workers=2)
     workspace.run("dvc", "exp", "apply", "first")
     assert records(workspace, "kfac") == experiment

@@ -31,11 +31,6 @@ def refusal(folder: Path, known: ImageSet = CIFAR) -> str:
     return str(refused.value)
 
 
-def folders_below(known: ImageSet, folder: Path) -> ImageSet:
-    class_folders(known, folder / "images" / known.name)
-    return known
-
-
 def folders_here(known: ImageSet, folder: Path) -> ImageSet:
     class_folders(known, folder)
     return known
@@ -52,23 +47,35 @@ def two_archives(known: ImageSet, folder: Path) -> ImageSet:
 
 
 def compressed(known: ImageSet, folder: Path) -> ImageSet:
-    return official(known, folder / "below", compressed=True)
+    return official(known, folder, compressed=True)
+
+
+def official_in_an_archive(known: ImageSet, folder: Path) -> ImageSet:
+    """Those of MNIST as they are published: each compressed."""
+    below = folder / ".unpacked"
+    known = official(known, below, compressed=not known.label_key)
+    packed(below / Path(known.home).parts[0], folder / "official.tar")
+    return known
 
 
 FORMS = {
     "class folders": folders_here,
-    "class folders below": folders_below,
     "one archive": one_archive,
     "two archives": two_archives,
     "official files": official,
     "compressed official files": compressed,
+    "an archive of official files": official_in_an_archive,
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("known", [CIFAR, DIGITS], ids=lambda known: known.name)
-def test_every_form_gives_the_same_images_in_the_original_order(tmp_path: Path, known: ImageSet, form: str) -> None:
-    reading = read(tmp_path, FORMS[form](known, tmp_path))
+@pytest.mark.parametrize("where", ["", "images", "images/below"])
+def test_every_form_gives_the_same_images_in_the_original_order(
+    tmp_path: Path, known: ImageSet, form: str, where: str
+) -> None:
+    (tmp_path / where).mkdir(parents=True, exist_ok=True)
+    reading = read(tmp_path, FORMS[form](known, tmp_path / where))
     assert reading is not None
     pixels, labels = arrays(known)
     for part in known.counts:
@@ -200,6 +207,12 @@ def test_a_damaged_archive_is_named(tmp_path: Path, damage: Callable[[Path], Non
     packed(class_folders(CIFAR, tmp_path / ".unpacked"), tmp_path / "cifar10.tar.gz")
     damage(tmp_path / "cifar10.tar.gz")
     with pytest.raises(ConfigError, match=r"cifar10\.tar\.gz: is corrupt or cut off"):
+        read(tmp_path, CIFAR)
+
+
+def test_an_archive_that_the_machine_does_not_give_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "cifar10.tar.gz").symlink_to("/proc/self/mem")  # a file that nobody can read from its beginning
+    with pytest.raises(ConfigError, match=r"cifar10\.tar\.gz: cannot be read: Input/output error$"):
         read(tmp_path, CIFAR)
 
 

@@ -7,7 +7,9 @@ import http.server
 import json
 import multiprocessing
 import os
+import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -219,6 +221,25 @@ def test_processes_at_once_read_once_and_leave_one_whole_file(
     assert all(len(data.load(f"b{k}").train) == 30 for k in range(4))
 
 
+def test_what_a_killed_process_had_half_written_goes_when_the_set_is_needed_next(workspace: Path) -> None:
+    def write_half(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    def killed() -> None:
+        Path.write_bytes = write_half  # type: ignore[method-assign]
+        one_of_several(workspace, "small")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len([*(workspace / "raw").glob(".cifar10-*.pt.*")]) == 1
+    prepared(workspace)
+    assert {path.name for path in (workspace / "raw").iterdir()} == {kept_file(workspace).name, ".cifar10.lock"}
+
+
 # ---------------------------------------------------------------- download, or what to do instead
 
 
@@ -302,6 +323,34 @@ def test_an_address_that_says_nothing_is_given_up_and_the_remedy_named(
         assert words in line
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"no HTTP\r\n\r\n", "torchvision's addresses of it do not answer"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\n", "download of cifar-10-python.tar.gz broke off"),
+    ],
+    ids=["no HTTP", "cut off"],
+)
+def test_an_answer_that_is_no_http_or_breaks_off_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, words: str
+) -> None:
+    from torchvision import datasets
+
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(10_000)
+            self.request.sendall(answer)
+
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/cifar-10-python.tar.gz"
+        monkeypatch.setattr(datasets.CIFAR10, "url", address)
+        with pytest.raises(ConfigError, match=words):
+            imagestore.obtain(CIFAR, None)
+        server.shutdown()
+
+
 # ---------------------------------------------------------------- the setting
 
 
@@ -323,7 +372,10 @@ def with_params(workspace: Path, image_folder: str | None) -> None:
     yaml.dump(values, workspace / "params.yaml")
 
 
-@pytest.mark.parametrize(("variable", "named"), [("nowhere", "IMAGE_FOLDER"), ("", "image_folder")])
+@pytest.mark.parametrize(
+    ("variable", "named"),
+    [("nowhere", "IMAGE_FOLDER"), ("~nobody-has-this-name/x", "IMAGE_FOLDER"), ("", "image_folder")],
+)
 def test_a_setting_that_is_no_folder_is_refused_before_torch_is_imported(
     tmp_path: Path, variable: str, named: str
 ) -> None:

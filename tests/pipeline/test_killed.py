@@ -10,13 +10,13 @@ import atexit
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
@@ -27,7 +27,8 @@ import torch
 from mlflow import MlflowClient
 from runs import a_network, a_run, some_data
 
-from pipeline import data, models, records, tracking
+from pipeline import checkpoint, data, interruption, models, records, tracking
+from pipeline.checkpoint import Checkpoints
 from pipeline.config import ConfigError, RunConfig
 from pipeline.records import is_measured
 from pipeline.train import Untracked, train
@@ -241,6 +242,41 @@ def test_a_signal_ends_a_run_cleanly_and_it_goes_on(
     check_store(root, run, monkeypatch)
 
 
+def test_sigterm_makes_a_run_write_a_checkpoint_where_it_is(root: Path) -> None:
+    process = in_child(root, a_stage("sgd", seeds=[0], steps=100_000), tracked=False)
+    wait_until(lambda: checkpoints(root), process)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    assert ended(process) == 128 + signal.SIGTERM
+    step = int(checkpoints(root)[-1].stem.removeprefix("step-"))
+    told = f"tiny sgd seed 0: stopped after step {step} (SIGTERM); the same command goes on from there"
+    assert told in printed(root).splitlines()
+
+
+def test_a_trainer_whose_dvc_was_killed_ends_with_a_checkpoint_and_the_next_goes_on(
+    root: Path, undisturbed: Callable[..., tuple[Any, float]]
+) -> None:
+    run = a_stage("kfac", seeds=[0])
+    expected, _ = undisturbed(run)
+
+    def as_a_stage() -> None:
+        interruption.IS_STAGE, interruption.STARTER = True, interruption._starter()
+        interruption._LOOK_EVERY = 0.05
+
+    def start_it() -> None:
+        os.setsid()
+        in_child(root, run, as_a_stage, tracked=False).join()
+
+    dvc = fork.Process(target=start_it)
+    dvc.start()
+    wait_until(lambda: checkpoints(root), dvc)
+    os.kill(dvc.pid or 0, signal.SIGKILL)
+    assert ended(dvc) == -signal.SIGKILL
+    next_one = in_child(root, run, tracked=False)  # at once: it waits for the orphan
+    assert ended(next_one) == 0, printed(root)
+    assert "(the dvc that started it is gone); the same command goes on from there" in printed(root)
+    assert "goes on from step" in printed(root) and without_clocks(root, run) == expected
+
+
 def test_a_second_trainer_of_a_configuration_is_refused_in_one_line_and_harms_nothing(
     root: Path, undisturbed: Callable[..., tuple[Any, float]]
 ) -> None:
@@ -269,6 +305,53 @@ def test_a_queued_run_waits_for_the_trainer_of_the_same_configuration(
     assert ended(first) == ended(second) == 0, printed(root)
     assert printed(root).count("; waiting for it to end") == 1
     assert without_clocks(root, run) == without_clocks(elsewhere, run) == expected
+
+
+def test_a_stage_that_succeeds_leaves_the_checkpoints_of_other_seeds(
+    root: Path, undisturbed: Callable[..., tuple[Any, float]]
+) -> None:
+    other = a_stage("sgd", seeds=[1])
+    expected, _ = undisturbed(other)
+    running = in_child(root, other, tracked=False)
+    wait_until(lambda: checkpoints(root), running)
+    os.kill(running.pid or 0, signal.SIGSTOP)
+    kept = sorted(root.glob("checkpoints/*/*/*/seed-1*"))
+    elsewhere = {"results": root / "elsewhere"}
+    try:
+        assert ended(in_child(root, a_stage("sgd", seeds=[0]), tracked=False, **elsewhere)) == 0
+        assert sorted(root.glob("checkpoints/*/*/*/seed-*")) == kept and len(kept) == 2
+        assert ended(in_child(root, other, tracked=False, **elsewhere)) == 2  # its lock holds
+    finally:
+        os.kill(running.pid or 0, signal.SIGCONT)
+    assert ended(running) == 0 and without_clocks(root, other) == expected
+    assert not (root / "checkpoints").exists()
+
+
+def test_killed_while_it_removes_what_it_kept_a_stage_ends_with_whole_records(
+    root: Path, undisturbed: Callable[..., tuple[Any, float]]
+) -> None:
+    run = a_stage("sgd", steps=64)
+    expected, _ = undisturbed(run)
+
+    def die_in_the_middle() -> None:
+        def remove_some(folder: Path, **_: Any) -> None:
+            if found := [*folder.rglob("history.csv")]:
+                found[0].unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.shutil.rmtree = remove_some  # type: ignore[assignment]
+
+    assert ended(in_child(root, run, die_in_the_middle, tracked=False)) == -signal.SIGKILL
+    assert ended(in_child(root, run, tracked=False)) == 0
+    assert without_clocks(root, run) == expected and not (root / "checkpoints").exists()
+
+
+def test_records_that_something_else_removed_are_a_failure(root: Path) -> None:
+    def lose_records() -> None:
+        Checkpoints.finish = lambda self: shutil.rmtree(self.records)  # type: ignore[method-assign]
+
+    assert ended(in_child(root, a_stage("sgd", steps=64), lose_records, tracked=False)) == 1
+    assert "2 of 2 seeds failed" in printed(root) and "seed-0/records: was removed by something else" in printed(root)
 
 
 @pytest.mark.slow
@@ -371,14 +454,20 @@ def fill(folder: Path) -> None:
 
 
 def later(root: Path, act: Callable[[], None]) -> Callable[[], None]:
-    """Before a life: have `act` done in a thread when the first seed has two checkpoints."""
+    """Before a life: have `act` done when the first seed has two checkpoints."""
+    save = Checkpoints.save
 
-    def watch() -> None:
-        while len(checkpoints(root)) < 2:
-            time.sleep(0.002)
-        act()
+    def save_and_act(self: Checkpoints, step: int, state: Mapping[str, Any]) -> bool:
+        kept = save(self, step, state)
+        if len(checkpoints(root)) == 2:
+            Checkpoints.save = save  # type: ignore[method-assign]
+            act()
+        return kept
 
-    return lambda: threading.Thread(target=watch, daemon=True).start()
+    def arrange() -> None:
+        Checkpoints.save = save_and_act  # type: ignore[method-assign]
+
+    return arrange
 
 
 def in_own_mounts(test: Callable[[], None]) -> None:

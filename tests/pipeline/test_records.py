@@ -1,13 +1,14 @@
 """Claims about the record files: exact, whole or absent, and clear about what is wrong."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.records import SUMMARY_KEYS, is_measured, read_run, read_runs, seed_folder, write_run
+from pipeline.records import SUMMARY_KEYS, copy_run, is_measured, read_run, read_runs, seed_folder, write_run
 
 SUMMARY: dict[str, Any] = {key: None for key in SUMMARY_KEYS} | {
     "status": "finished",
@@ -64,6 +65,28 @@ def test_records_appear_whole_or_not_at_all(tmp_path: Path) -> None:
         written(folder, environment={"torch": object()})
     assert read_run(folder).environment == {"torch": "2"}
     assert [path.name for path in tmp_path.iterdir()] == ["seed-3"]
+
+
+def test_records_get_their_name_when_the_disk_has_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk, lacking = set(), []
+    sync, rename = os.fsync, os.replace
+
+    def note_sync(descriptor: int) -> None:
+        sync(descriptor)
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    def note_rename(source: Path, target: Path) -> None:
+        lacking.extend(path for path in (source, *source.iterdir()) if path.stat().st_ino not in on_disk)
+        on_disk.discard(target.parent.stat().st_ino)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    folder = written(tmp_path / "kept" / "seed-3", pictures={"reconstructions.png": b"picture"})
+    (tmp_path / "results").mkdir()
+    copy_run(folder, tmp_path / "results" / "seed-3")
+    assert lacking == [] and len([*(tmp_path / "results" / "seed-3").iterdir()]) == 6
+    assert {(tmp_path / name).stat().st_ino for name in ("kept", "results")} <= on_disk  # and the names
 
 
 def test_new_records_replace_old_ones(tmp_path: Path) -> None:

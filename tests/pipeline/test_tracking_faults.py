@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 
 from pipeline import metrics, mlflow_store, records, store, tracking
 from pipeline.config import ConfigError, resolve
@@ -135,22 +136,44 @@ def train_through(lose: Any, folder: Path) -> tuple[tracking.Tracker, Path]:
     return tracker, written
 
 
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """MLflow waits a second for a locked database, not twenty."""
+
+    def wait_less(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 1000"), parameters
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", wait_less, retval=True)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", wait_less)
+
+
+@pytest.mark.parametrize("fault", ["broken", "gone", "locked"])
 def test_a_store_lost_in_mid_run_is_one_warning_and_rebuild_uploads_the_run(
-    root: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    fault: str, root: Path, capsys: pytest.CaptureFixture[str], impatient: None
 ) -> None:
     database, aside = root / "mlflow.db", root / "aside.db"
+    holder = sqlite3.connect(database)
 
-    def break_it() -> None:
-        aside.write_bytes(database.read_bytes())
-        database.write_bytes(b"broken" * 10_000)
+    def lose_it() -> None:
+        if fault == "locked":
+            holder.execute("BEGIN EXCLUSIVE")
+        elif fault == "gone":
+            database.rename(aside)
+        else:
+            aside.write_bytes(database.read_bytes())
+            database.write_bytes(b"broken" * 10_000)
 
-    tracker, folder = train_through(break_it, root)
+    tracker, folder = train_through(lose_it, root)
     assert tracker.lost
     line = one_line(capsys.readouterr().err)
     assert line.startswith("warning: MLflow store sqlite:///") and "python -m pipeline.tracking rebuild" in line
-    database.write_bytes(aside.read_bytes())
+    assert {"gone": "(the file is gone)", "locked": "(database is locked)"}.get(fault, "") in line
+    holder.close()
+    if fault == "gone":
+        aside.rename(database)
+    elif fault == "broken":
+        database.write_bytes(aside.read_bytes())
     assert tracking.rebuild(root / "results") == (1, 0)
     found = finished_runs()
     assert [run.data.tags["records"] for run in found] == [metrics.records_hash(folder)]
