@@ -133,8 +133,8 @@ def pooled(case: str, seeds: int, repetitions: int) -> list[dict[str, Any]]:
             found = interval_of([values(*draw(generator, seeds, [factor, 1.0], case)) for factor in POOLED])
             assert found is not None
             method = found.method
-            above += true < found.low * (1 - 1e-9)
-            below += true > found.high * (1 + 1e-9)
+            above += bool(true < found.low * (1 - 1e-9))
+            below += bool(true > found.high * (1 + 1e-9))
         measured.append(
             {
                 "quantity": quantity,
