@@ -44,9 +44,10 @@ class LevenbergMarquardt:
 
     def before(self, groups: list[dict[str, Any]], state: dict) -> None:
         """Before the step: keep what a step that is taken back restores."""
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in groups for p in group["params"]]
         self._parameters = [(p, p.clone(), p.grad.clone()) for p in parameters if p.grad is not None]
-        self._states = {p: {name: entry.clone() for name, entry in state[p].items()} for p in parameters}
+        # A layer's momentum is with its weight, which may be frozen while the bias moves.
+        self._states = {p: {name: entry.clone() for name, entry in state.get(p, {}).items()} for p in parameters}
 
     def judge(
         self,
@@ -76,9 +77,10 @@ class LevenbergMarquardt:
         good = change <= 0
         for parameter, old, _ in self._parameters:
             parameter.copy_(torch.where(good, parameter, old))
-            for name, entry in state[parameter].items():
+        for parameter, kept in self._states.items():
+            for name, entry in state.get(parameter, {}).items():
                 if entry.device == good.device:  # AdamW's count lies on the host, and reading `good` there waits
-                    entry.copy_(torch.where(good, entry, self._states[parameter].get(name, torch.zeros_like(entry))))
+                    entry.copy_(torch.where(good, entry, kept.get(name, torch.zeros_like(entry))))
         self._curvature.stats |= {"reduction_ratio": ratio, "rejected": 1.0 - good.to(ratio.dtype)}
         self._parameters, self._states = [], {}
 

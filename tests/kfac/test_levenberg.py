@@ -239,8 +239,9 @@ def test_damping_follows_the_ratio(optimizer: Any, factor: float, expected: floa
     assert float(used.stats["damping"]) / first == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "weight-frozen"])
 @OPTIMIZERS
-def test_a_step_that_raised_the_loss_is_taken_back_bit_for_bit(optimizer: Any) -> None:
+def test_a_step_that_raised_the_loss_is_taken_back_bit_for_bit(optimizer: Any, frozen: bool) -> None:
     """Overshooting more than twice: the loss rises; weights, momentum and AdamW's part are as before."""
     problem = QUADRATIC.make()
     problem.criterion = Misjudged(2.5)
@@ -248,6 +249,8 @@ def test_a_step_that_raised_the_loss_is_taken_back_bit_for_bit(optimizer: Any) -
         problem.model, loss=problem.criterion, adapt_damping=True, fisher="exact",
         **{**FIXED, "damping": 1e-9, "momentum": 0.5},
     )  # fmt: skip
+    for parameter in problem.model.parameters():
+        parameter.requires_grad_(not frozen or parameter.dim() == 1)
     before, start = weights(problem), problem.loss().item()
     turn(used, problem)
     assert float(used.stats["rejected"]) == 1
