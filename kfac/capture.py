@@ -44,8 +44,8 @@ _held: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] | None = None
 class Call:
     """One call of a layer: its block, its input, where gradients of its output arrive, and how many numbers that has.
 
-    `context` is the block's. `open` says that the input is a leaf of the graph, such as a batch of data: once the
-    backward is over its owner may write into it.
+    `context` is the block's. `foreign` says that no operation of the graph made the input, such as a batch of data:
+    once the backward is over its owner may write into it.
     """
 
     block: Block
@@ -54,7 +54,7 @@ class Call:
     edge: GradientEdge
     size: int
     context: Any = None
-    open: bool = False
+    foreign: bool = False
 
     @property
     def rows(self) -> Tensor | Unwritten:
@@ -132,9 +132,9 @@ class Batch:
         return first.shape[0] if first.dim() else 1
 
     @functools.cached_property
-    def open_inputs(self) -> set[int]:
+    def foreign_inputs(self) -> set[int]:
         """Where the inputs lie in memory that their owner may write into."""
-        return {call.input.untyped_storage().data_ptr() for call in self.calls if call.open}
+        return {call.input.untyped_storage().data_ptr() for call in self.calls if call.foreign}
 
     def output_in(self, dtype: torch.dtype) -> Any:
         """`output` with its tensors in a dtype: under autocast they may be in half precision."""
@@ -154,8 +154,9 @@ class Batch:
     def pass_back(self, vector: Any, arrive: Callable[[Call, Tensor], None], ends: set[Block]) -> None:
         """`send_back` that keeps nothing: `arrive` is called with each gradient on its way, which is free after it.
 
-        A vector runs only as far as somebody asks for its gradient, so `ends` are the layers for which that is done:
-        those that no other has before it. The ones that are found to be are added, by sending the vector again.
+        A vector runs only as far back as its gradient is asked for: at the outputs of `ends`, the layers that have no
+        other before them. The first of a network is one; where the vector did not come by a layer, it is sent again for
+        that one, which is then among `ends` too.
         """
         waiting = list(self.calls)
         asked = [call for call in waiting if call.block in ends] or waiting[:1]
@@ -346,10 +347,12 @@ class Capture:
             return
         if not output.numel():
             return  # an expert that got no token: nothing that could have rows
-        if not torch.is_grad_enabled() or not output.requires_grad:
+        if not torch.is_grad_enabled():
             if self._running is not None and all(call.block is not block for call in self._running.calls):
                 self._running.hidden.add(block)
             return
+        if not output.requires_grad:
+            return  # frozen, and no layer before it is trained
         if not self._forwards:  # a layer called on its own, not through the root module
             self._forwards.append(Forward(next(self._numbers)))
         x = args[0] if args else kwargs["input"]

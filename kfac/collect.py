@@ -145,7 +145,10 @@ class Collector:
         waiting: list[list[Any]] = []
         if self.factors_due:
             vectors = self._vectors(fisher, batch, output)
-            passed = self._passed(batch, vectors, weight, mask, many, sampled, self.model_due and sampled)
+            passed = None
+            if not self.keeps_rows:
+                index = rows.places(batch.size, self.enough, device) if sampled else None
+                passed = self._passed(batch, vectors, weight, many, self.model_due and sampled, factors=(mask, index))
             if passed is not None:
                 sums, model_rows = passed
             else:
@@ -167,8 +170,11 @@ class Collector:
                     if exactly
                     else list(self.curvature.sampled(output, target, 1, self.generator(device)))
                 )
-                passed = self._passed(batch, vectors, weight, None, many, sampled, True, factors=False)
-                model_rows = passed[1] if passed else _for_model(rows.send_back(batch, vectors, weight), batch, many)
+                passed = self._passed(batch, vectors, weight, many)
+                if passed is not None:
+                    model_rows = passed[1]
+                else:
+                    model_rows = _for_model(rows.send_back(batch, vectors, weight), batch, many)
             else:
                 model_rows = _for_model(shared, batch, many)
         if not (sums or any(taken is not None and taken.layers for taken in (factor_rows, model_rows))):
@@ -208,27 +214,26 @@ class Collector:
         batch: Batch,
         vectors: list[Any],
         weight: Tensor,
-        mask: Tensor | None,
         many: bool,
-        sampled: bool,
-        model: bool,
-        factors: bool = True,
+        model: bool = True,
+        factors: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> tuple[Sums, Rows | None] | None:
-        """What a single vector leaves: sums for the factors and rows for the model, made while it passes the layers.
+        """What a single vector leaves: rows for the model and sums for the factors, made while it passes the layers.
 
-        So the gradients of one layer are there at a time, not those of all. None where rows are to be kept, or where
-        those of a layer depend on other calls.
+        So the gradients of one layer are there at a time, not those of all. `factors` are a mask and the places of the
+        examples that serve, None where no sums are needed. None is returned for several vectors, and where the rows of
+        a layer depend on other calls.
         """
-        if len(vectors) != 1 or (factors and self.keeps_rows):
+        if len(vectors) != 1:
             return None
-        index = rows.places(batch.size, self.enough, weight.device) if factors and sampled else None
+        mask, index = factors if factors is not None else (None, None)
         mask = rows.thinned_mask(mask, batch.size, index)
         sums, kept = Sums(), {}
 
         def take(block: Block, a: Any, g: Tensor) -> None:
             if model:
                 kept.update(_for_model(Rows({block: (a, g)}, weight), batch, many).layers)
-            if factors:
+            if factors is not None:
                 sums[block] = _moments(block, *rows.thinned(a, g, index), mask, weight)
 
         if not rows.pass_back(batch, vectors[0], self.ends, take):

@@ -35,6 +35,7 @@ from .precision import rounded_products
 from .rows import row_products
 from .state import BlockState, LayerCurvature
 
+SAVED = {"steps", "scalars", "dampings", "generators", "blocks", "layers", "kind", "method"}  # of a state
 AVERAGED_EXAMPLES = 5_000  # that a running average of sampled curvature holds before batches are thinned
 
 
@@ -119,7 +120,7 @@ class Curvature:
 
         `model_due` asks for rows of the quadratic model, `exactly` for those of exact vectors where factors have them.
         """
-        while self._pending and self._pending[0].known():
+        while self._pending and self._pending[0].known(self.step, self.distributed):
             if not self._pending.pop(0).value():  # what was due then is due again
                 self._factors_at = self._inverses_at = -1
                 self.method.due_again()
@@ -247,7 +248,7 @@ class Curvature:
         dampings = [self.dampings[block] for block in self.states]
         failures = torch.stack(self.method.refresh(list(self.states), list(self.states.values()), dampings))
         self.stats["failed_inverses"] = failures.sum()
-        self._failures = (list(self.states), Later(failures))
+        self._failures = (list(self.states), Later(failures, self.step))
         self._climb()
         self._inverses_at = self.step
 
@@ -266,7 +267,7 @@ class Curvature:
 
     def _climb(self) -> None:
         """Learn, without waiting, which inverses failed last time: they are named once and may need float64."""
-        if self._failures is None or not self._failures[1].known():
+        if self._failures is None or not self._failures[1].known(self.step, self.distributed):
             return
         blocks, later = self._failures
         failed = [block for block, one in zip(blocks, later.value().tolist(), strict=True) if one]
@@ -320,7 +321,7 @@ class Curvature:
             state.age += 1
         self.step += 1
         if (self._factors_due or self._inverses_due) and not at_once(finite.device):
-            self._pending.append(Later(finite))
+            self._pending.append(Later(finite, self.step))
 
     # What users look at, save and load.
 
@@ -364,7 +365,7 @@ class Curvature:
 
     def check(self, saved: Any) -> None:
         """Raise ValueError when a state was not saved by this method with these arguments, or not for these layers."""
-        if not isinstance(saved, dict) or not self.state_dict().keys() <= saved.keys():
+        if not isinstance(saved, dict) or not saved.keys() >= SAVED:
             raise ValueError("state_dict: it has no curvature; allowed: what state_dict() of the same class gave")
         if saved["kind"] != self.method.name:
             raise ValueError(f"state_dict: it was saved by {saved['kind']}; allowed: by {self.method.name}")
@@ -372,7 +373,9 @@ class Curvature:
             raise ValueError("state_dict: its layers are not those of the model")
         for block in self.blocks:
             layer = saved["layers"].get(block.name)
-            if layer and (not block.initialised() or BlockState.shapes(block) != (layer["A"].shape, layer["G"].shape)):
+            if layer and not block.initialised():
+                raise ValueError(f"state_dict: layer {block.name!r} has no size yet; allowed: after a first forward")
+            if layer and BlockState.shapes(block) != (layer["A"].shape, layer["G"].shape):
                 raise ValueError(
                     f"state_dict: factors of layer {block.name!r} have another size; allowed: those of the same model "
                     "with the same max_factor_size"

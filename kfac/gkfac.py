@@ -263,7 +263,7 @@ class TwoLevelMethod(KroneckerMethod):
 def _thinned(parts: list[Rows], finite: Tensor) -> list[Rows]:
     """One example of every s in a row over all batches, with what it stands for; s <= 4, and `MODEL_ROWS` are left.
 
-    Copies, since a user may write into an input tensor again; zeros unless `finite`.
+    Zeros unless `finite`.
     """
     parts = [part for part in parts if part.layers]
     sizes = [next(iter(part.layers.values()))[1].shape[2] for part in parts]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-AT_ONCE = {"cpu"}  # devices whose numbers the host has without waiting
+ON_HOST = {"cpu"}  # devices whose numbers the host has without waiting
+
+TOGETHER_AFTER = 10  # steps
 
 
 def at_once(device: torch.device) -> bool:
     """Whether the host has numbers on a device without waiting."""
-    return device.type in AT_ONCE
+    return device.type in ON_HOST
 
 
 def seen_broken(finite: Tensor) -> bool:
@@ -26,9 +28,10 @@ def select(condition: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
 
 
 class Later:
-    """A tensor's values for the host, which learns them once the device has got there."""
+    """A tensor's values at a step for the host, which learns them once the device has got there."""
 
-    def __init__(self, values: Tensor):
+    def __init__(self, values: Tensor, step: int):
+        self._step = step
         pinned = values.device.type == "cuda"
         self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
         self._values.copy_(values, non_blocking=pinned)
@@ -36,9 +39,20 @@ class Later:
         if self._event is not None:
             self._event.record()
 
-    def known(self) -> bool:
-        """Whether `value` can be read now."""
-        return self._event is None or self._event.query()
+    def known(self, step: int, together: bool = False) -> bool:
+        """Whether `value` can be read at a step.
+
+        `together` is for several processes that have to learn it at the same step, however fast each of their devices
+        is: so many steps later that there is nothing left to wait for.
+        """
+        if self._event is None:
+            return True
+        if not together:
+            return self._event.query()
+        if step - self._step < TOGETHER_AFTER:
+            return False
+        self._event.synchronize()
+        return True
 
     def value(self) -> Tensor:
         """The values, on the CPU."""

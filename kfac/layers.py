@@ -31,7 +31,7 @@ class Block:
         name: of the layer in the model.
         modules: the layers; several where they are tied.
         parameters: those of the block, the weight first.
-        reduce: whether factors sum over positions before they average over examples (see rows.moments).
+        reduce: whether factors sum over positions before they average over examples (see rows.moment_g).
         max_factor_size: a side that is larger keeps the diagonal of its factor only.
 
     Attributes:

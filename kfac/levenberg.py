@@ -27,7 +27,7 @@ class LevenbergMarquardt:
     def __init__(self, model: nn.Module, curvature: Curvature):
         self._model, self._curvature = model, curvature
         self._random: list[Tensor] = []
-        self._parameters: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
+        self._parameters: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self._states: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     def due(self) -> bool:
@@ -54,12 +54,11 @@ class LevenbergMarquardt:
         closure: Callable[[], Any] | None,
         before: Any,
         steps: dict[Block, Tensor],
-        groups: list[dict[str, Any]],
         state: dict,
     ) -> None:
         """After the step: evaluate again, adapt the damping, take a step back that raised the loss."""
         assert closure is not None
-        slope = sum(((p - old) * g).sum() for p, old, g in self._parameters if g is not None)
+        slope = sum(((p - old) * g).sum() for p, old, g in self._parameters)
         bend: Tensor | float = 0.0
         if steps and self._curvature.collector.model_rows:
             bend = self._curvature.quadratic_form({block: step[None] for block, step in steps.items()})[0, 0]

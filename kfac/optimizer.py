@@ -253,7 +253,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             else:
                 self._levenberg.before(self.param_groups, self.state)
                 steps = self._update(blocks, groups, gradients, others, finite, group_of)
-                self._levenberg.judge(closure, value, steps, self.param_groups, self.state)
+                self._levenberg.judge(closure, value, steps, self.state)
         curvature.finish(finite)
         self._arm()
         return value
@@ -327,6 +327,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         for block, buffer, part in zip(parts.blocks, parts.split(plan.buffers), parts.of, strict=True):
             if parts.groups[part]["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
+            else:
+                self.state.get(block.parameters[0], {}).pop("momentum_buffer", None)
         if parts.joined:
             self._part_from(parts.blocks)
         pairs = [
@@ -377,10 +379,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         blind = [b for b in self.blocks if b.has_gradient() and not self._curvature.knows(b)]
         if blind:
             names = ", ".join(block.name for block in blind)
-            self._curvature.warn(
-                "blind",
-                f"no statistics arrived for {names}: trained by AdamW (lr {FALLBACK_LR}) until they do",
-            )
+            self._curvature.warn("blind", f"no statistics arrived for {names}: trained by AdamW until they do")
         settings: dict[tuple[float, float], list[Tensor]] = {}
         for block in blind:
             lr = self._group_of(block, group_of)["lr"]
@@ -452,7 +451,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
         def begin(_: Any, state: dict[str, Any]) -> None:
             self._curvature.check(state.get("curvature"))
-            if state.get("rule", {}).keys() != self._rule.save().keys():
+            rule = state.get("rule")
+            if rule is None or not rule.keys() <= self._rule.save().keys():
                 allowed = "one saved without lr" if self.self_tuning else "one saved with lr=<number>"
                 raise ValueError(f"state_dict: it is of another step rule; allowed: {allowed}")
             given.update(state)
@@ -476,7 +476,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             first.remove()
 
     def _load_momentum(self, saved: dict[str, Any]) -> None:
-        """In the dtype of the blocks, of which torch makes the parameters' own, be it a half precision."""
+        """Load momentum in the dtype of the blocks: torch loads it in that of the parameters, even a half one."""
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         number_of = dict(zip(parameters, numbers, strict=True))

@@ -40,7 +40,7 @@ class Rows:
 
     def kept(self, batch: Batch) -> Rows:
         """The same for later: what lies in an input that the loop may write into again is copied."""
-        layers = {block: (_kept(a, batch.open_inputs), g) for block, (a, g) in self.layers.items()}
+        layers = {block: (_kept(a, batch.foreign_inputs), g) for block, (a, g) in self.layers.items()}
         return replace(self, layers=layers)
 
 

@@ -80,7 +80,7 @@ class FixedRule:
 
     def load(self, saved: dict[str, Tensor | None], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""
-        room = saved["room"]
+        room = saved.get("room")
         self.room = None if room is None else room.to(device, copy=True)
 
     def __call__(self, problem: Problem) -> Plan:
@@ -139,7 +139,7 @@ class SelfTuningRule:
 
     def load(self, saved: dict[str, Tensor | None], device: torch.device) -> None:
         """Take over what `save` gave, as copies on `device`."""
-        mean = saved["alpha_mean"]
+        mean = saved.get("alpha_mean")
         self.alpha_mean = None if mean is None else mean.to(device, copy=True)
 
     def __call__(self, problem: Problem) -> Plan:

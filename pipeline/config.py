@@ -140,6 +140,8 @@ def resolve(params: Params, benchmark: str, optimizer: str) -> RunConfig:
     rest = {k: by_benchmark(v, benchmark) for k, v in fields["rest"].items()} if "rest" in fields else None
     training = {k: by_benchmark(v, benchmark) for k, v in fields.get("training", {}).items()}
     loop = {k: task[k] if training.get(k) is None else training[k] for k in FROM_BENCHMARK}
+    if loop["evaluate_every"] > task["steps"]:  # of an optimizer, and a study has made the run shorter
+        loop["evaluate_every"] = task["evaluate_every"]
     return RunConfig(
         benchmark=benchmark,
         optimizer=optimizer,

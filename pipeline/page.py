@@ -422,9 +422,9 @@ def run_rows(study: Study) -> Iterator[dict[str, Any]]:
 def curvature_rows(study: Study) -> Iterator[dict[str, Any]]:
     """``curvature.csv``: one row a diagnostic of a run, as its own ``curvature.csv`` has it."""
     for run in _runs(study):
-        pair = (run.config["benchmark"], run.config["optimizer"], run.summary["seed"])
-        for row in run.curvature:
-            yield dict(zip(CURVATURE_COLUMNS, pair, strict=False)) | row
+        config = run.config
+        of_run = {"benchmark": config["benchmark"], "optimizer": config["optimizer"], "seed": run.summary["seed"]}
+        yield from (of_run | row for row in run.curvature)
 
 
 # ---------------------------------------------------------------- words

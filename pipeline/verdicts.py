@@ -73,10 +73,10 @@ class Comparison:
     sentence: str
 
 
-COMPARISON_COLUMNS = (
-    *("benchmark", "target", "clock", "optimizer", "reference", "pairs", *(f"ratio_{name}" for name in INTERVAL)),
-    *("faster", "p", "p_holm", "sentence"),
-)
+COMPARISON_COLUMNS = [
+    "benchmark", "target", "clock", "optimizer", "reference", "pairs", "ratio_estimate", "ratio_low", "ratio_high",
+    "ratio_method", "faster", "p", "p_holm", "sentence",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,15 @@ def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers reach the host two queries after they were asked for, as from a device that is behind."""
 
     class Delayed(later.Later):
-        def __init__(self, values: Tensor) -> None:
-            super().__init__(values)
+        def __init__(self, values: Tensor, step: int) -> None:
+            super().__init__(values, step)
             self.queries = 0
 
-        def known(self) -> bool:
+        def known(self, step: int, together: bool = False) -> bool:
             self.queries += 1
             return self.queries > 2
 
-    monkeypatch.setattr(later, "AT_ONCE", set())
+    monkeypatch.setattr(later, "ON_HOST", set())
     monkeypatch.setattr(parts, "ONE_BY_ONE", set())
     monkeypatch.setattr("kfac.curvature.Later", Delayed)
 

@@ -183,6 +183,19 @@ def test_layers_without_a_gradient_beside_recomputed_ones_are_no_mistake(target_
     assert set(used.curvature()) == {"trunk.0", "head"}
 
 
+@OPTIMIZERS
+def test_a_layer_that_is_frozen_later_may_be_recomputed(optimizer: Any) -> None:
+    problem = blocks_problem(RECOMPUTED)
+    used = optimizer(problem.model, loss=problem.criterion, **FIXED)
+    frozen = problem.model.blocks[0][0]
+    for parameter in problem.model.blocks[0].parameters():
+        parameter.requires_grad_(False)
+    before = frozen.weight.clone()
+    for _ in range(2):
+        truth.step(used, problem)
+    assert torch.equal(frozen.weight, before) and "blocks.1.0" in used.curvature()
+
+
 def test_checkpoint_sequential() -> None:
     plain, recomputed = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
     recomputed.model = nn.Sequential(*recomputed.model)

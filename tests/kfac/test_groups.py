@@ -485,3 +485,15 @@ def test_an_added_group_without_a_block_cannot_be_preconditioned(optimizer: Any)
     assert "\n" not in message and len(used.param_groups) == groups
     for word in ("param_group", "first_order=False", "[2, 7]", "allowed: True"):
         assert word in message, message
+
+
+@TUNING
+@pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
+def test_momentum_that_is_switched_off_is_forgotten(optimizer: Any, tuned: bool) -> None:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    used = optimizer(problem.model, loss=problem.criterion, **({} if tuned else {**FIXED, "momentum": 0.9}))
+    truth.step(used, problem)
+    assert any("momentum_buffer" in state for state in used.state.values())
+    used.param_groups[0]["momentum"] = 0.0
+    truth.step(used, problem)
+    assert not any("momentum_buffer" in state for state in used.state.values())

@@ -251,6 +251,19 @@ def test_a_state_that_lacks_a_part_is_refused_in_one_line_before_anything_change
     refused_and_unchanged((optimizer, TUNED, NET), state, [])
 
 
+@OPTIMIZERS
+@pytest.mark.parametrize("options", [TUNED, {"lr": 0.1}], ids=["self-tuning", "fixed"])
+def test_a_state_from_before_the_first_step_is_loaded(optimizer: Any, options: dict[str, Any]) -> None:
+    problem, twin = NET(), NET()
+    used, other = (optimizer(p.model, loss=p.criterion, **options) for p in (problem, twin))
+    state = through_a_file(used.state_dict())
+    state["rule"] = {}
+    other.load_state_dict(state)
+    for one, at in ((used, problem), (other, twin)):
+        truth.step(one, at)
+    assert torch.equal(weights(problem), weights(twin))
+
+
 def refused_and_unchanged(loading: Made, state: Any, words: list[str]) -> None:
     (problem, used), (twin, other) = started(loading), started(loading)
     before = copy.deepcopy(used.state_dict())

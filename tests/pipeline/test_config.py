@@ -231,6 +231,9 @@ def test_a_mapping_by_benchmark_resolves_to_the_benchmarks_entry_or_the_default(
     assert (digits.options["lr"], digits.averaging) == (0.1, None)
     assert digits.batch_size == params.benchmarks["digits_cnn"]["batch_size"]
     assert (toy.evaluate_every, digits.evaluate_every) == (20, params.benchmarks["digits_cnn"]["evaluate_every"])
+    short = changed(values, "benchmark.toy_mlp.steps", 15)  # an optimizer's interval does not outlast a short run
+    benchmarks = changed(short, "benchmark.toy_mlp.evaluate_every", 3)
+    assert resolve(view(benchmarks), "toy_mlp", "sgd").evaluate_every == 3
     assert toy.as_dict()["options"]["lr"] == 0.2
     assert "_target_" not in toy.options
     assert "training" not in toy.options
