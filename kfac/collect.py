@@ -193,18 +193,20 @@ class Collector:
             )
         self._add(sums)
         if factor_rows is not None:
+            stands_for = 1.0
             if sampled and factor_rows.layers and factor_rows.vectors == 1:
                 n = next(iter(factor_rows.layers.values()))[1].shape[2]
                 index = rows.places(n, self.enough, device)
                 mask = rows.thinned_mask(mask, n, index)
                 thin = {block: rows.thinned(a, g, index) for block, (a, g) in factor_rows.layers.items()}
                 factor_rows = replace(factor_rows, layers=thin)
-            self._accumulate(factor_rows, mask)
+                stands_for = rows.stands_for(n, index)
+            self._accumulate(factor_rows, mask, stands_for)
             if self.keeps_rows:
                 self.factor_rows.append((factor_rows if mixed is None else mixed).kept(batch))
             del factor_rows  # before the next vectors are sent
             for some in waiting:
-                self._accumulate(rows.send_back(batch, some, weight), mask, again=True)
+                self._accumulate(rows.send_back(batch, some, weight), mask, 1.0, again=True)
         if model_rows is not None:
             self.model_rows.append(model_rows)
         return True
@@ -234,7 +236,8 @@ class Collector:
             if model:
                 kept.update(_for_model(Rows({block: (a, g)}, weight), batch, many).layers)
             if factors is not None:
-                sums[block] = _moments(block, *rows.thinned(a, g, index), mask, weight)
+                stands_for = rows.stands_for(batch.size, index)
+                sums[block] = _moments(block, *rows.thinned(a, g, index), mask, weight, stands_for=stands_for)
 
         if not rows.pass_back(batch, vectors[0], self.ends, take):
             return None
@@ -282,14 +285,14 @@ class Collector:
 
         return tuple(flip(part) for part in vector) if isinstance(vector, tuple) else flip(vector)
 
-    def _accumulate(self, taken: Rows, mask: Tensor | None, again: bool = False) -> None:
+    def _accumulate(self, taken: Rows, mask: Tensor | None, stands_for: float, again: bool = False) -> None:
         """Add rows to the sums for the factors; `again` if they are further vectors of a batch that is in them."""
         for block, (a, g) in taken.layers.items():
             if again and block in self.sums:
                 old = self.sums[block]
                 self.sums[block] = *old[:2], old[2] + rows.moment_g(block, a, g).mul_(taken.weight)
             else:
-                self._add({block: _moments(block, a, g, mask, taken.weight, taken.vectors)})
+                self._add({block: _moments(block, a, g, mask, taken.weight, taken.vectors, stands_for)})
 
     def _add(self, sums: Sums) -> None:
         for block, new in sums.items():
@@ -298,11 +301,18 @@ class Collector:
 
 
 def _moments(
-    block: Block, a: Any, g: Tensor, mask: Tensor | None, weight: Tensor, vectors: int = 1
+    block: Block,
+    a: Any,
+    g: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    vectors: int = 1,
+    stands_for: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of a a^T, how many rows that is, and the weighted sum of g g^T."""
+    """The sum of a a^T, how many rows that is, each of which stands for some, and the weighted sum of g g^T."""
     new_g = rows.moment_g(block, a, g).mul_(weight)
-    return *rows.moment_a(block, a, g, mask, vectors), new_g
+    new_a, count = rows.moment_a(block, a, g, mask, vectors)
+    return (new_a, count, new_g) if stands_for == 1 else (new_a.mul_(stands_for), count * stands_for, new_g)
 
 
 def _for_model(taken: Rows, batch: Batch, many: bool) -> Rows:

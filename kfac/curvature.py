@@ -35,7 +35,7 @@ from .precision import rounded_products
 from .rows import row_products
 from .state import BlockState, LayerCurvature
 
-SAVED = {"steps", "scalars", "dampings", "generators", "blocks", "layers", "kind", "method"}  # of a state
+SAVED = {"steps", "scalars", "dampings", "generators", "blocks", "layers", "kind", "method", "later"}  # of a state
 AVERAGED_EXAMPLES = 5_000  # that a running average of sampled curvature holds before batches are thinned
 
 
@@ -99,7 +99,7 @@ class Curvature:
         self._factors_due = self._inverses_due = False
         self._warned: set[str] = set()
         self._pending: list[Later] = []  # whether steps that renewed something were finite
-        self._failures: tuple[list[Block], Later] | None = None
+        self._failures: list[tuple[list[Block], Later]] = []  # which inverses failed
         weak = weakref.WeakMethod(self._receive)
         arguments = getattr(self.collector.curvature, "arguments", ((0, "input"),))
         self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch), arguments)
@@ -124,6 +124,7 @@ class Curvature:
             if not self._pending.pop(0).value():  # what was due then is due again
                 self._factors_at = self._inverses_at = -1
                 self.method.due_again()
+        self._climb()
         early = self.step < self.early_steps
         self._factors_due = early or self._due(self._factors_at, self.factor_interval)
         self._inverses_due = early or self._due(self._inverses_at, self.inverse_interval)
@@ -228,7 +229,6 @@ class Curvature:
 
     def _renew(self, overrides: dict[Block, tuple[Any, float]]) -> None:
         """The damping and the preconditioners of all layers, from the present averages."""
-        self._climb()
         self.mean_curvature = self._trace() / sum(math.prod(block.shape) for block in self.states)
         if self.damping is None:
             relative = value_at(self.relative_damping, self.step) * self.mean_curvature
@@ -248,7 +248,7 @@ class Curvature:
         dampings = [self.dampings[block] for block in self.states]
         failures = torch.stack(self.method.refresh(list(self.states), list(self.states.values()), dampings))
         self.stats["failed_inverses"] = failures.sum()
-        self._failures = (list(self.states), Later(failures, self.step))
+        self._failures.append((list(self.states), Later(failures, self.step)))
         self._climb()
         self._inverses_at = self.step
 
@@ -266,17 +266,15 @@ class Curvature:
         return torch.stack(traces).sum()
 
     def _climb(self) -> None:
-        """Learn, without waiting, which inverses failed last time: they are named once and may need float64."""
-        if self._failures is None or not self._failures[1].known(self.step, self.distributed):
-            return
-        blocks, later = self._failures
-        failed = [block for block, one in zip(blocks, later.value().tolist(), strict=True) if one]
-        for block in failed:
-            self.states[block].rung += 1
-        if failed:
-            names = ", ".join(block.name or "(model)" for block in failed)
-            self.warn("inverse", f"no damped inverse of {names}: the last one stays, the next try has more damping")
-        self._failures = None
+        """Learn, without waiting, which inverses failed: they are named once and may need float64."""
+        while self._failures and self._failures[0][1].known(self.step, self.distributed):
+            blocks, later = self._failures.pop(0)
+            failed = [block for block, one in zip(blocks, later.value().tolist(), strict=True) if one]
+            for block in failed:
+                self.states[block].rung += 1
+            if failed:
+                names = ", ".join(block.name or "(model)" for block in failed)
+                self.warn("inverse", f"no damped inverse of {names}: the last one stays, the next try has more damping")
 
     def ready(self, block: Block) -> bool:
         """Whether a block has a preconditioner."""
@@ -361,6 +359,10 @@ class Curvature:
             "layers": {block.name: state.save() for block, state in self.states.items()},
             "kind": self.method.name,
             "method": self.method.save(),
+            "later": {  # what the device knows and the host has not acted on
+                "finite": [(later.step, later.value()) for later in self._pending],
+                "failures": [(later.step, [b.name for b in own], later.value()) for own, later in self._failures],
+            },
         }
 
     def check(self, saved: Any) -> None:
@@ -398,7 +400,12 @@ class Curvature:
             self.states[by_name[name]] = BlockState.of(by_name[name])
             self.states[by_name[name]].load(state, by_name[name].parameters[0].device)
         self.method.load(saved["method"], by_name, device)
-        self._pending, self._failures = [], None
+        later = saved["later"]
+        self._pending = [Later(finite.cpu(), step, device) for step, finite in later["finite"]]
+        self._failures = [
+            ([by_name[name] for name in names], Later(failures.cpu(), step, device))
+            for step, names, failures in later["failures"]
+        ]
 
     def warn(self, key: str, message: str) -> None:
         """Warn once for each key."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .quadratic import dot
 
 FALLBACK_LR = 1e-3  # AdamW's customary rate
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW's state
 
 
 class Fallback:
@@ -48,6 +49,11 @@ class Fallback:
             assert parameter.grad is not None
             form = form + rates[parameter] * torch.where(finite, dot(parameter - old, parameter.grad).abs(), 0.0)
         return form
+
+    def forget(self, parameter: nn.Parameter, state: dict) -> None:
+        """Free the moments of a parameter that has a block's step now."""
+        for name in MOMENTS:
+            state.get(parameter, {}).pop(name, None)
 
     def settle(self, state: dict, finite: Tensor, factor: Tensor | None) -> None:
         """Scale the last step by `factor`, or undo it where `finite` is False."""

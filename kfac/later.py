@@ -28,10 +28,17 @@ def select(condition: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
 
 
 class Later:
-    """A tensor's values at a step for the host, which learns them once the device has got there."""
+    """A tensor's values at a step for the host, which learns them once the device has got there.
 
-    def __init__(self, values: Tensor, step: int):
-        self._step = step
+    Args:
+        values: of any shape.
+        step: when they were made.
+        device: where they were, if they have been brought to the host since.
+    """
+
+    def __init__(self, values: Tensor, step: int, device: torch.device | None = None):
+        self.step = step
+        self._at_once = at_once(device or values.device)
         pinned = values.device.type == "cuda"
         self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
         self._values.copy_(values, non_blocking=pinned)
@@ -45,15 +52,14 @@ class Later:
         `together` is for several processes that have to learn it at the same step, however fast each of their devices
         is: so many steps later that there is nothing left to wait for.
         """
-        if self._event is None:
+        if self._at_once:
             return True
         if not together:
-            return self._event.query()
-        if step - self._step < TOGETHER_AFTER:
-            return False
-        self._event.synchronize()
-        return True
+            return self._event is None or self._event.query()
+        return step - self.step >= TOGETHER_AFTER
 
     def value(self) -> Tensor:
-        """The values, on the CPU."""
+        """The values, on the CPU; waits for them where they are not known."""
+        if self._event is not None:
+            self._event.synchronize()
         return self._values

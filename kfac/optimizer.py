@@ -325,6 +325,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         if self.decoupled_weight_decay:
             self._decay(parts, plan, group_of)
         for block, buffer, part in zip(parts.blocks, parts.split(plan.buffers), parts.of, strict=True):
+            for parameter in block.parameters:
+                self._fallback.forget(parameter, self.state)
             if parts.groups[part]["momentum"]:
                 self.state[block.parameters[0]]["momentum_buffer"] = buffer
             else:

@@ -213,12 +213,17 @@ def places(n: int, enough: int, device: torch.device) -> Tensor | None:
     return None if n // enough < 2 else torch.tensor(spread(n, n // enough)).to(device, non_blocking=True)
 
 
+def stands_for(n: int, index: Tensor | None) -> float:
+    """How many of n examples each of those at the places `index` stands for."""
+    return 1.0 if index is None else n / len(index)
+
+
 def thinned(a: Tensor | Unwritten, g: Tensor, index: Tensor | None) -> tuple[Tensor | Unwritten, Tensor]:
     """The rows at the places `index`, scaled to stand for all."""
     if index is None:
         return a, g
     some = a.of(index) if isinstance(a, Unwritten) else a[:, index]
-    return some, g[:, :, index].mul_(math.sqrt(g.shape[2] / len(index)))
+    return some, g[:, :, index].mul_(math.sqrt(stands_for(g.shape[2], index)))
 
 
 def thinned_mask(mask: Tensor | None, n: int, index: Tensor | None) -> Tensor | None:

@@ -169,6 +169,31 @@ def test_a_layer_without_statistics_decays_as_its_group_does(optimizer: Any, lr:
     assert torch.equal(moves[10.0]["two.weight"], moves[0.0]["two.weight"])
 
 
+class Late(Uncalled):
+    """Its layers are called, once they may be."""
+
+    called = False
+
+    def forward(self, value: Tensor) -> Tensor:
+        if not self.called:
+            return super().forward(value)
+        return self.two(torch.tanh(self.one(torch.tanh(self.first(value)))))
+
+
+@OPTIMIZERS
+@RULES
+@pytest.mark.filterwarnings("ignore:.*no statistics arrived")
+def test_a_layer_that_has_statistics_at_last_keeps_nothing_of_adamw(optimizer: Any, options: Any) -> None:
+    problem = problem_of(Late)
+    used = optimizer(problem.model, loss=problem.criterion, **EVERY, **options)
+    weight, bias = problem.model.get_submodule("one").parameters()
+    truth.step(used, problem)
+    assert "exp_avg" in used.state[weight] and "exp_avg" in used.state[bias]
+    problem.model.called = True
+    truth.step(used, problem)
+    assert set(used.state[weight]) == {"momentum_buffer"} and not used.state[bias]
+
+
 @pytest.mark.filterwarnings("ignore:.*no statistics arrived")
 def test_the_summary_says_which_layers_have_no_statistics() -> None:
     problem = problem_of(Uncalled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from cases import BY_NAME, Problem
 from torch import Tensor, nn
 
-from kfac import EKFAC, GKFAC, KFAC, Preconditioner, later, parts
+from kfac import EKFAC, GKFAC, KFAC, Preconditioner, later, linalg, parts
+from kfac.curvature import Curvature
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [KFAC, EKFAC, GKFAC])
 RULES = pytest.mark.parametrize("options", [{}, {"lr": 0.05}], ids=["self-tuning", "fixed"])
@@ -23,8 +25,8 @@ def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers reach the host two queries after they were asked for, as from a device that is behind."""
 
     class Delayed(later.Later):
-        def __init__(self, values: Tensor, step: int) -> None:
-            super().__init__(values, step)
+        def __init__(self, values: Tensor, step: int, device: torch.device | None = None) -> None:
+            super().__init__(values, step, device)
             self.queries = 0
 
         def known(self, step: int, together: bool = False) -> bool:
@@ -73,6 +75,62 @@ def test_what_was_due_in_a_broken_step_is_due_again_once_the_host_knows(
     assert {state.age for state in states} == {3}, "the inverses are not of them"
     assert all(state.A.any() and state.G.any() for state in states)
     assert all(state.solver["scales"].any() for state in states if "scales" in state.solver)
+
+
+# Several processes, which learn of it so many steps later
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(later, "ON_HOST", set())
+    monkeypatch.setattr(parts, "ONE_BY_ONE", set())
+    monkeypatch.setattr(Curvature, "distributed", True)
+
+
+@pytest.mark.parametrize("interval", [3, 100])
+def test_failed_inverses_are_learnt_however_often_they_are_renewed(
+    interval: int, together: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = BY_NAME["mlp-ce-mean"].make()
+    used = KFAC(problem.model, loss=problem.criterion, lr=1e-3, damping=0.1, inverse_interval=interval)
+    damped_inverse = linalg.damped_inverse
+
+    def failing(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+        inverse, good = damped_inverse(matrix, damping)
+        return inverse, torch.zeros_like(good)
+
+    monkeypatch.setattr(linalg, "damped_inverse", failing)
+    with pytest.warns(UserWarning, match="no damped inverse"):
+        for _ in range(2 * later.TOGETHER_AFTER):
+            truth.step(used, problem)
+    assert all(state.rung for state in used._curvature.states.values())
+
+
+@OPTIMIZERS
+@RULES
+def test_what_the_host_does_not_know_yet_is_saved(optimizer: Any, options: Any, together: None) -> None:
+    """A state of just after a broken step goes on as the training that it was taken from."""
+
+    def make() -> tuple[Any, Problem]:
+        problem = BY_NAME["mlp-ce-mean"].make()
+        used = optimizer(problem.model, loss=problem.criterion, factor_interval=8, inverse_interval=8, **options)
+        used._curvature.early_steps = 0
+        return used, problem
+
+    (used, problem), (other, resumed) = make(), make()
+    for _ in range(8):
+        truth.step(used, problem)
+    good = spoil(problem)
+    truth.step(used, problem)
+    problem.inputs = good
+    resumed.model.load_state_dict(problem.model.state_dict())
+    other.load_state_dict(copy.deepcopy(used.state_dict()))
+    for count in range(2 * later.TOGETHER_AFTER):
+        truth.step(used, problem)
+        truth.step(other, resumed)
+        assert torch.equal(weights(problem), weights(resumed)), count
+    counts = [[int(state.count) for state in each._curvature.states.values()] for each in (used, other)]
+    assert counts[0] == counts[1]
 
 
 # A direction that is not finite, of a gradient that is

@@ -233,6 +233,28 @@ def test_many_examples_are_stood_for_by_one_of_every_few(
     assert truth.relative_error(*steps) < 1e-10
 
 
+@pytest.mark.parametrize("optimizer", [KFAC, EKFAC])
+@pytest.mark.parametrize("name", ["mlp-mse-mean", "convnet-plain"])
+def test_a_micro_batch_of_which_a_part_serves_counts_as_all_of_it(
+    name: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one that is too small for that, and of other inputs."""
+    problem = BY_NAME[name].make()
+    problem.criterion = undrawn(problem.criterion)
+    inputs, targets, count = problem.inputs, problem.targets, len(problem.inputs)
+    found = []
+    for enough in (10**9, count):
+        monkeypatch.setattr(curvature, "AVERAGED_EXAMPLES", 20 * enough)
+        used = truth.start(optimizer, copy := problem.copy(), damping=0.1, fisher="sampled", stat_decay=0.95)
+        for part, share in ((slice(None), 3), (slice(None), 1)):
+            x, y = (z[part].repeat_interleave(share, 0) for z in (inputs if share == 3 else -2 * inputs, targets))
+            (copy.criterion(copy.model(x), y) * share / 4).backward()
+        used.step()
+        found.append([layer for state in used.curvature().values() for layer in (state.A, state.G)])
+    for whole, part in zip(*found, strict=True):
+        assert truth.relative_error(part, whole) < 1e-10
+
+
 def test_a_part_of_the_examples_has_no_period_and_no_order_in_common_with_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -32,10 +32,11 @@ class Event:
 def test_processes_learn_a_number_at_the_same_step_however_fast_their_devices_are() -> None:
     learnt = []
     for done in (True, False):
-        number = Later(torch.ones(()), step=5)
+        number = Later(torch.ones(()), step=5, device=torch.device("cuda"))
         number._event = Event(done)  # type: ignore[assignment]
         assert number.known(6) == done
         learnt.append(next(step for step in range(6, 99) if number.known(step, together=True)))
+        assert number.value() == 1 and number._event.query(), "read before the device was done"
     assert learnt == [5 + TOGETHER_AFTER] * 2
 
 
