@@ -7,7 +7,9 @@
 | ``index.html`` | the report as one page that loads nothing; ``report.md`` and ``figures/``: as a text |
 | ``table.csv``, ``table.tex`` | one row a pair of benchmark and optimizer |
 | ``runs.csv``, ``curves.csv`` | one row a run; the curves over seeds |
-| ``comparisons.csv``, ``curvature.csv`` | one row a comparison of two optimizers; one row a diagnostic |
+| ``outcomes.csv``, ``comparisons.csv`` | one row a pair, target and clock; one row a comparison of two optimizers |
+| ``profiles.csv``, ``curvature.csv`` | one row a point of a performance profile; one row a diagnostic |
+| ``tuning.csv`` | one row a trial of the tuning |
 | ``verdicts.json`` | who wins, by how much, how sure: every figure that a sentence of the report has |
 | ``metrics.json`` | one figure a pair, for DVC |
 
@@ -78,7 +80,10 @@ def aggregate(params: Params, results: Path, report: Path, links: Callable[[Stud
         tables.write(rows, partial / tables.TABLE)
         tables.write(page.run_rows(study), partial / "runs.csv")
         tables.write(curves.rows(study), partial / "curves.csv")
+        tables.write(verdicts.outcome_rows(judged), partial / "outcomes.csv", verdicts.OUTCOME_COLUMNS)
         tables.write(verdicts.comparison_rows(judged), partial / "comparisons.csv", verdicts.COMPARISON_COLUMNS)
+        tables.write(verdicts.profile_rows(judged), partial / "profiles.csv", verdicts.PROFILE_COLUMNS)
+        tables.write(evidence.trial_rows(found), partial / "tuning.csv", evidence.TRIAL_COLUMNS)
         tables.write(page.curvature_rows(study), partial / "curvature.csv", page.CURVATURE_COLUMNS)
         shutil.rmtree(report / "figures", ignore_errors=True)
         for made in sorted(partial.iterdir()):

@@ -6,13 +6,17 @@ The one idea: runs are compared without it, so what is absent is left out; what 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.checks import ConfigError
 
+TRIAL_COLUMNS = [
+    "benchmark", "optimizer", "trial", "values", "target", "seconds_to_target", "steps_to_target", "best_loss",
+    "diverged", "chosen",
+]  # fmt: skip
 _TRIALS = ("benchmark", "optimizer", "trials", "chosen", "won_by_first", "budget_curve", "date")
 
 
@@ -50,6 +54,17 @@ def winner(tuned: Mapping[str, Any]) -> dict[str, Any]:
 def reached(tuned: Mapping[str, Any]) -> int:
     """How many trials reached the target, by the median of their seeds; one that diverged is a miss."""
     return sum(trial["seconds_to_target"] is not None and not trial["diverged"] for trial in tuned["trials"])
+
+
+def trial_rows(found: Evidence) -> Iterator[dict[str, Any]]:
+    """``tuning.csv``: a row a trial, its values as JSON."""
+    for benchmark, pairs in found.tuning.items():
+        for optimizer, tuned in pairs.items():
+            for number, trial in enumerate(tuned["trials"], 1):
+                of_pair = {"benchmark": benchmark, "optimizer": optimizer, "trial": number}
+                of_pair |= {"target": tuned.get("target"), "chosen": trial["values"] == tuned["chosen"]}
+                of_trial = {name: trial[name] for name in TRIAL_COLUMNS if name in trial}
+                yield of_pair | of_trial | {"values": json.dumps(trial["values"])}
 
 
 def _read(path: Path, keys: Iterable[str]) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from pipeline import charts, curves, looks, provenance, records, statistics, tables
+from pipeline import charts, curves, looks, provenance, records, statistics, tables, verdicts
 from pipeline.config import TARGETS
 from pipeline.curves import Study
 from pipeline.evidence import Evidence, reached, winner
@@ -259,18 +259,14 @@ def _benchmark(report: Report, benchmark: str) -> dict[str, Any]:
 
 def _leader(report: Report, benchmark: str, clock: str) -> str:
     """Who has the smallest median time to the hard target: no verdict, only what the line of the list says."""
-    own = [
-        each for each in report.verdicts.outcomes
-        if (each.benchmark, each.target, each.clock) == (benchmark, "hard", clock) and each.median is not None
-    ]  # fmt: skip
-    if not own:
-        return ""
-    least = min(own, key=lambda each: each.median or math.inf)
-    return (
-        f"fewest steps {least.optimizer} {_time(least)}"
-        if clock == "steps"
-        else (f"least time {least.optimizer} {_time(least)} s")
+    outcomes = report.verdicts.outcomes
+    _, best = verdicts.least(
+        each for each in outcomes if (each.benchmark, each.target, each.clock) == (benchmark, "hard", clock)
     )
+    if not best:
+        return ""
+    who = f"{', '.join(each.optimizer for each in best)} {_time(best[0])}"
+    return f"fewest steps {who}" if clock == "steps" else f"least time {who} s"
 
 
 def _pair(row: Mapping[str, Any], outcomes: Mapping[Any, Outcome], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def comparison(
     benchmarks: Sequence[str],
     seeds: int,
     misses: tuple[int, int],
+    alone: tuple[int, int],
     undecided: int,
     pairs: int,
     ratio: Interval | None,
@@ -51,6 +52,8 @@ def comparison(
     Arguments:
         seeds: pairs on each benchmark (the fewest).
         misses: of the optimizer and of the reference, of all ``pairs``.
+        alone: pairs in which the optimizer, and in which the reference, is the only one to miss and known to be later.
+            What such a pair comes to is a bound.
         undecided: pairs in which one missed, but was given up before the other arrived. Such a pair is as good as a
             tie, of which the ratio is no bound.
         ratio: time of the reference over time of the optimizer.
@@ -74,13 +77,16 @@ def comparison(
         facts.append(f"p {_p(p_holm)} after Holm over {_counted(tests, 'test')}")
     if undecided:
         facts.insert(-1 if p_holm is not None else len(facts), f"{_counted(undecided, 'pair')} undecided")
-    bound = _bound(misses)
+    late, ahead = alone
+    bound = "at least " if late and not ahead else "at most " if ahead and not late else ""
     amount = f"{'' if undecided else bound}{_times(1 / ratio.estimate)} {other}'s {clock}"
     does = f"reaches {where} in" if misses[0] < pairs else f"does not reach {where} within the budget:"
     claim = f"{mine} {does} {amount}{'' if one else ', in geometric mean'} ({', '.join(facts)})"
     if p_holm is not None:
-        against = {"at most ": ratio.estimate < 1, "at least ": ratio.estimate > 1}.get(bound, False)
-        return f"{claim}." if p_holm <= SIGNIFICANT and not against else f"{claim}: no difference shown."
+        # Who is ahead may be behind by any amount in the pairs in which it alone misses.
+        open_ended = ahead if ratio.estimate < 1 else late
+        shown = p_holm <= SIGNIFICANT and not open_ended
+        return f"{claim}." if shown else f"{claim}: no difference shown."
     if seeds < POOLED:
         return f"No verdict: {_counted(seeds, 'seed')}. {claim}."
     return f"{claim}: no verdict on one benchmark below {ONE_BENCHMARK} seeds."
@@ -101,16 +107,30 @@ def none_first(benchmark: str, target: str, clock: str) -> str:
     return f"No optimizer gets to the {target} target of {benchmark} with more than half of its seeds ({clock})."
 
 
-def first(optimizer: str, benchmark: str, target: str, clock: str, median: float, reached: int, seeds: int) -> str:
-    """Who has the least median time on a benchmark."""
+def first(
+    optimizers: Sequence[str],
+    benchmark: str,
+    target: str,
+    clock: str,
+    median: float,
+    reached: Sequence[int],
+    seeds: int,
+) -> str:
+    """Who has the least median time on a benchmark, several where it is the same; ``reached`` is of each."""
+    names, there = _listed([_name(optimizer) for optimizer in optimizers]), _listed([str(count) for count in reached])
     return (
-        f"First to the {target} target of {benchmark} in {clock} is {_name(optimizer)}: a median of {_figure(median)} "
-        f"{clock}, {reached} of {_counted(seeds, 'seed')} there."
+        f"First to the {target} target of {benchmark} in {clock} {'is' if len(optimizers) == 1 else 'are'} {names}: a "
+        f"median of {_figure(median)} {clock}, {there} of {_counted(seeds, 'seed')} there."
     )
 
 
 def _name(optimizer: str) -> str:
     return _NAMES.get(optimizer, optimizer)
+
+
+def _listed(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _counted(count: int, noun: str) -> str:
@@ -126,12 +146,6 @@ def _figure(value: float) -> str:
 
 def _times(share: float) -> str:
     return f"{_figure(share)} of" if share < 1 else f"{_figure(share)} times"
-
-
-def _bound(misses: tuple[int, int]) -> str:
-    """With misses of one side only, the ratio is a bound: a difference to the other side of it is not shown."""
-    mine, other = misses
-    return "at least " if mine and not other else "at most " if other and not mine else ""
 
 
 def _p(value: float) -> str:

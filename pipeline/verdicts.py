@@ -77,6 +77,13 @@ COMPARISON_COLUMNS = [
     "benchmark", "target", "clock", "optimizer", "reference", "pairs", "ratio_estimate", "ratio_low", "ratio_high",
     "ratio_method", "faster", "p", "p_holm", "sentence",
 ]  # fmt: skip
+OUTCOME_COLUMNS = [
+    "benchmark", "optimizer", "target", "clock", "reached", "seeds", "restricted_mean", "horizon", "median",
+    "median_low", "median_high", "median_method",
+]  # fmt: skip
+PROFILE_COLUMNS = [
+    "clock", "optimizer", "area_estimate", "area_low", "area_high", "area_method", "tau", "share",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,12 +126,12 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class _Race:
-    """All runs of a benchmark on one clock to one target: optimizer -> seed -> time."""
+    """All runs of a benchmark on one clock to one target: optimizer -> seed -> time; none goes on after ``end``."""
 
     benchmark: str
     target: str
     clock: str
-    budget: float | None
+    end: float
     times: dict[str, dict[int, Time]]
 
 
@@ -157,11 +164,28 @@ def write(found: Verdicts, path: Path) -> None:
 
 
 def comparison_rows(found: Verdicts) -> Iterator[dict[str, Any]]:
-    """``comparisons.csv``: a row a comparison, its interval in columns of their own."""
-    for each in found.comparisons:
-        row = asdict(each)
-        ratio = row.pop("ratio") or {}
-        yield row | {f"ratio_{name}": ratio.get(name) for name in INTERVAL}
+    """``comparisons.csv``: a row a comparison."""
+    return (_row(each, "ratio", "ratio", COMPARISON_COLUMNS) for each in found.comparisons)
+
+
+def outcome_rows(found: Verdicts) -> Iterator[dict[str, Any]]:
+    """``outcomes.csv``: a row an optimizer, benchmark, target and clock."""
+    return (_row(each, "interval", "median", OUTCOME_COLUMNS) for each in found.outcomes)
+
+
+def profile_rows(found: Verdicts) -> Iterator[dict[str, Any]]:
+    """``profiles.csv``: a row a point of a profile, with the area below the whole of it."""
+    for each in found.profiles:
+        row = _row(each, "area", "area", PROFILE_COLUMNS)
+        yield from (row | {"tau": tau, "share": share} for tau, share in zip(each.tau, each.share, strict=True))
+
+
+def _row(found: Any, interval: str, name: str, columns: Sequence[str]) -> dict[str, Any]:
+    """A row of CSV, in which an interval has columns of its own that begin with ``name``."""
+    values = asdict(found)
+    ends = values[interval] or {}
+    values |= {f"{name}_{part}": ends.get(part) for part in INTERVAL}
+    return {column: values[column] for column in columns}
 
 
 def read_sentences(path: Path) -> list[str]:
@@ -188,15 +212,15 @@ def _races(study: Study) -> Iterator[_Race]:
             continue
         config = runs[0].config
         longest = max(float(run.summary["training_seconds"]) for run in runs)
-        budgets = {"steps": config["steps"], "seconds": config["seconds"]}
-        ends = {"steps": float(config["steps"]), "seconds": config["seconds"] or longest}
+        # A budget of seconds that no run spends is nobody's end.
+        ends = {"steps": float(config["steps"]), "seconds": min(config["seconds"] or math.inf, longest)}
         for target in TARGETS:
             for clock in CLOCKS:
                 times = {
                     name: {run.summary["seed"]: _time(run, target, clock, ends[clock]) for run in pairs[name]}
                     for name in ordered(pairs)
                 }
-                yield _Race(benchmark, target, clock, budgets[clock], times)
+                yield _Race(benchmark, target, clock, ends[clock], times)
 
 
 def _time(run: Run, target: str, clock: str, end: float) -> Time:
@@ -231,7 +255,7 @@ def _missing(study: Study, params: Params) -> Iterator[str]:
 
 def _outcomes(race: _Race) -> Iterator[Outcome]:
     groups = {name: list(times.values()) for name, times in race.times.items() if times}
-    horizon = statistics.reach_horizon(groups.values(), race.budget)
+    horizon = statistics.reach_horizon(groups.values(), race.end)
     for name, times in groups.items():
         yield Outcome(
             benchmark=race.benchmark,
@@ -311,12 +335,19 @@ def _sentence(found: Comparison, races: Sequence[_Race], tests: int) -> str:
         benchmarks=list(strata),
         seeds=min(map(len, strata.values())),
         misses=(sum(not mine.reached for mine, _ in pairs), sum(not other.reached for _, other in pairs)),
+        alone=(sum(map(_alone, pairs)), sum(_alone((other, mine)) for mine, other in pairs)),
         undecided=sum(statistics.undecided(*pair) for pair in pairs),
         pairs=len(pairs),
         ratio=found.ratio,
         p_holm=found.p_holm,
         tests=tests,
     )
+
+
+def _alone(pair: tuple[Time, Time]) -> bool:
+    """Whether the first of two alone is a miss, and was not given up before the other arrived."""
+    mine, other = pair
+    return not mine.reached and other.reached and not statistics.undecided(mine, other)
 
 
 # ---------------------------------------------------------------- over all benchmarks
@@ -408,16 +439,28 @@ def _kfac_against_adam(found: Speedup) -> bool:
 
 def _first(outcomes: Sequence[Outcome], comparisons: Sequence[Comparison]) -> list[str]:
     """The least median time, and how it compares with Adam, or with SGD where it is Adam's."""
-    there = [(each.median, each) for each in outcomes if each.median is not None]
-    if not there:
+    median, best = least(outcomes)
+    if median is None:
         return [sentences.none_first(each.benchmark, each.target, each.clock) for each in outcomes[:1]]
-    median, best = min(there, key=lambda each: each[0])
+    one = best[0]
+    names, reached = [each.optimizer for each in best], [each.reached for each in best]
+    first = sentences.first(names, one.benchmark, one.target, one.clock, median, reached, one.seeds)
+    return [first, *(sentence for each in best if (sentence := _against_first_order(each, comparisons)))]
+
+
+def least(outcomes: Iterable[Outcome]) -> tuple[float | None, list[Outcome]]:
+    """The least median time, and all that have it."""
+    there = [each for each in outcomes if each.median is not None]
+    median = min((each.median for each in there if each.median is not None), default=None)
+    return median, [each for each in there if each.median == median]
+
+
+def _against_first_order(best: Outcome, comparisons: Sequence[Comparison]) -> str | None:
+    """How an optimizer compares with Adam, or with SGD where it is Adam."""
     against = {
         each.reference: each.sentence
         for each in comparisons
         if (each.benchmark, each.target, each.clock, each.optimizer)
         == (best.benchmark, best.target, best.clock, best.optimizer)
     }
-    compared = next((against[name] for name in ("adam", "sgd", *against) if name in against), None)
-    first = sentences.first(best.optimizer, best.benchmark, best.target, best.clock, median, best.reached, best.seeds)
-    return [first, compared] if compared else [first]
+    return next((against[name] for name in ("adam", "sgd", *against) if name in against), None)

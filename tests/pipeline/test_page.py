@@ -217,6 +217,10 @@ def test_tuning_reconstructions_and_provenance_are_there(page: Page, report: Pat
     assert page.rows("data", "train / validation / test") == [["toy_mlp", "4711 / 12 / 13", "0123456789ab"]]
     assert page.rows("what", "seeds", "promised") == [["interval of the ratio, t", "5", "0.95", "0.942"]]
     assert any(row == ["torch", "2.14.1"] for table in page.tables for row in table)
+    with (report / "tuning.csv").open() as file:
+        trials = list(csv.DictReader(file))
+    assert [json.loads(row["values"]) for row in trials] == [each["values"] for each in TRIALS["trials"]]
+    assert [row["trial"] for row in trials if row["chosen"] == "True"] == ["2"]
     text = (report / "report.md").read_text()
     assert "figures/tuning.svg" in text and "sha256 0123456789abcdef" in text
 
@@ -235,6 +239,16 @@ def test_the_files_beside_it_hold_what_the_page_shows(report: Path) -> None:
     assert [float(row["ratio_low"]) for row in comparisons if row["ratio_low"]] == [
         each["ratio"]["low"] for each in judged if each["ratio"]
     ]
+    with (report / "outcomes.csv").open() as file:
+        outcomes = list(csv.DictReader(file))
+    figures = json.loads((report / "verdicts.json").read_text())
+    assert [float(row["restricted_mean"]) for row in outcomes] == [x["restricted_mean"] for x in figures["outcomes"]]
+    assert [row["median_low"] for row in outcomes] == [
+        str(each["interval"]["low"]) if each["interval"] else "" for each in figures["outcomes"]
+    ]
+    with (report / "profiles.csv").open() as file:
+        profiles = list(csv.DictReader(file))
+    assert [float(row["share"]) for row in profiles] == [x for each in figures["profiles"] for x in each["share"]]
     with (report / "curvature.csv").open() as file:
         diagnostics = list(csv.DictReader(file))
     assert {(row["benchmark"], row["seed"]) for row in diagnostics} == {
