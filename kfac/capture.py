@@ -394,9 +394,12 @@ class Capture:
                 return  # a curvature vector, or a Jacobian by many backwards at once: not a training step
             edges = (forward.outputs[index],)
             batch = Batch(forward.calls, value, edges, gradient=gradient.detach(), forward=forward.number)
-            capture._deliver(batch, [forward])
+            # Where the graph is kept (a gradient penalty), the criterion may be called later: the layers' calls stay.
+            kept = torch._C._autograd._get_current_graph_task_keep_graph()
+            if capture._deliver(batch, [] if kept else [forward]):
+                handle.remove()
 
-        tensors[index].register_hook(arrive)
+        handle = tensors[index].register_hook(arrive)
 
     def _note_criterion(self, module: nn.Module, args: tuple, kwargs: dict, loss: Tensor) -> None:
         if not self._forwards or not torch.is_grad_enabled() or _inside_backward():
