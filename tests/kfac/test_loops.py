@@ -240,6 +240,54 @@ def test_hooks_of_others_that_replace_outputs_belong_to_the_network() -> None:
     late.remove()
 
 
+class Less(nn.Module):
+    """The identity, of whose gradient a tenth goes back: by a hook on a view, or by operations."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.hooked = hooked
+
+    def forward(self, value: Tensor) -> Tensor:
+        if not self.hooked:
+            return value.detach() + 0.1 * (value - value.detach())
+        view = value.view_as(value)
+        view.register_hook(lambda gradient: 0.1 * gradient)
+        return view
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("options", [EVERY, FIXED, {**FIXED, "fisher": "sampled"}], ids=["tuned", "exact", "sampled"])
+def test_a_hook_on_a_view_of_an_output_changes_curvature_as_an_operation_does(optimizer: Any, options: Any) -> None:
+    moved = []
+    for hooked in (False, True):
+        problem = BY_NAME["mlp-ce-mean"].make()
+        problem.model.insert(1, Less(hooked))
+        problem.model.insert(0, nn.Linear(4, 4, dtype=torch.float64))  # a layer before the one with the hook
+        with torch.no_grad():
+            problem.model[0].weight.copy_(torch.eye(4) + 0.1)
+            problem.model[0].bias.zero_()
+        used = optimizer(problem.model, loss=problem.criterion, **options)
+        for _ in range(3):
+            truth.step(used, problem)
+        moved.append(weights(problem.model))
+    assert truth.relative_error(moved[1], moved[0]) < 1e-10
+
+
+@OPTIMIZERS
+@RULES
+def test_the_last_gradient_that_a_hook_sees_is_the_losss(optimizer: Any, options: Any) -> None:
+    alone, watched = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    used = optimizer(watched.model, loss=watched.criterion, **options)
+    seen: list[list[Tensor]] = []
+    for problem in (alone, watched):
+        seen.append([])
+        hidden = problem.model[1](problem.model[0](problem.inputs))
+        hidden.register_hook(seen[-1].append)
+        problem.criterion(problem.model[2](hidden), problem.targets).backward()
+    used.step()
+    assert len(seen[0]) == 1 < len(seen[1]) and torch.equal(seen[1][-1], seen[0][-1])
+
+
 def test_no_hook_is_there_at_steps_where_nothing_is_due() -> None:
     problem = BY_NAME["mlp-ce-mean"].make()
     used = KFAC(problem.model, loss=problem.criterion, lr=0.05, factor_interval=3)
