@@ -42,7 +42,7 @@ _held: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] | None = None
 
 @dataclass(eq=False)
 class Call:
-    """One call of a layer: its block, its input, where gradients of its output arrive, and how many numbers that has.
+    """One call of a layer: its block, its input, its output's shape, and where gradients of that arrive (see `_edge`).
 
     `context` is the block's. `foreign` says that no operation of the graph made the input, such as a batch of data:
     once the backward is over its owner may write into it.
@@ -52,9 +52,14 @@ class Call:
     module: nn.Module
     input: Tensor
     edge: GradientEdge
-    size: int
+    shape: torch.Size
     context: Any = None
     foreign: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many numbers the output has."""
+        return self.shape.numel()
 
     @property
     def rows(self) -> Tensor | Unwritten:
@@ -149,7 +154,9 @@ class Batch:
             RuntimeError: where reentrant activation checkpointing lies in between.
         """
         with _on_its_way():
-            return _gradients(self._inside(vector), [call.edge for call in self.calls])
+            arrived = _gradients(self._inside(vector), [call.edge for call in self.calls])
+        pairs = zip(self.calls, arrived, strict=True)
+        return [None if gradient is None else gradient.reshape(call.shape) for call, gradient in pairs]
 
     def pass_back(self, vector: Any, arrive: Callable[[Call, Tensor], None], ends: set[Block]) -> None:
         """`send_back` that keeps nothing: `arrive` is called with each gradient on its way, which is free after it.
@@ -162,14 +169,13 @@ class Batch:
         asked = [call for call in waiting if call.block in ends] or waiting[:1]
         passed: set[Block] = set()
 
-        def watched(call: Call) -> torch.utils.hooks.RemovableHandle:
-            def hook(gradients: Sequence[Tensor | None]) -> None:
-                gradient = gradients[call.edge.output_nr]
-                if gradient is not None:
-                    passed.add(call.block)
-                    arrive(call, gradient)
+        def take(call: Call, gradient: Tensor | None) -> None:
+            if gradient is not None:
+                passed.add(call.block)
+                arrive(call, gradient.reshape(call.shape))
 
-            return call.edge.node.register_prehook(hook)
+        def watched(call: Call) -> torch.utils.hooks.RemovableHandle:
+            return call.edge.node.register_prehook(lambda gradients: take(call, gradients[call.edge.output_nr]))
 
         with _on_its_way():
             sent = self._inside(vector)
@@ -181,9 +187,8 @@ class Batch:
                 finally:
                     _remove(handles)
                 for call, gradient in zip(asked, arrived, strict=True):
-                    if gradient is not None:
-                        ends.add(call.block)
-                        arrive(call, gradient)
+                    take(call, gradient)
+                ends.update(call.block for call in asked if call.block in passed)
                 waiting = [call for call in rest if call.block not in passed]
                 asked = waiting[:1]
 
@@ -358,9 +363,7 @@ class Capture:
         x = args[0] if args else kwargs["input"]
         self._forwards[-1].hidden.discard(block)
         context, leaf = block.context(module, output), (x if x._base is None else x._base).is_leaf
-        self._forwards[-1].calls.append(
-            Call(block, module, x.detach(), get_gradient_edge(output), output.numel(), context, leaf)
-        )
+        self._forwards[-1].calls.append(Call(block, module, x.detach(), _edge(output), output.shape, context, leaf))
 
     def _hold_buffers(self, module: nn.Module, args: tuple) -> None:
         """Keep buffers (running statistics) that a forward on behalf of a curvature vector is about to change."""
@@ -391,9 +394,12 @@ class Capture:
                 return  # a curvature vector, or a Jacobian by many backwards at once: not a training step
             edges = (forward.outputs[index],)
             batch = Batch(forward.calls, value, edges, gradient=gradient.detach(), forward=forward.number)
-            capture._deliver(batch, [forward])
+            # Where the graph is kept (a gradient penalty), the criterion may be called later: the layers' calls stay.
+            kept = torch._C._autograd._get_current_graph_task_keep_graph()
+            if capture._deliver(batch, [] if kept else [forward]):
+                handle.remove()
 
-        tensors[index].register_hook(arrive)
+        handle = tensors[index].register_hook(arrive)
 
     def _note_criterion(self, module: nn.Module, args: tuple, kwargs: dict, loss: Tensor) -> None:
         if not self._forwards or not torch.is_grad_enabled() or _inside_backward():
@@ -470,6 +476,18 @@ def _inside_backward() -> bool:
 def _transformed() -> bool:
     """Whether this runs for a function transform (vmap, functional grad) or a trace: tensors are not a batch's."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
+
+
+def _edge(output: Tensor) -> GradientEdge:
+    """Where gradients of a layer's output arrive, whatever is done to it in place afterwards.
+
+    An operation in place gives a view a new node, and its base's old one stays in the graph. So where the output views
+    all of a base (`nn.Linear` on tokens, `nn.InstanceNorm2d`) they arrive there, in the base's shape.
+    """
+    base = output._base
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return get_gradient_edge(output)
+    return get_gradient_edge(base if base.is_contiguous() and output.is_contiguous() else output)
 
 
 def _leaves(output: Any) -> Iterator[Any]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from cases import BY_NAME, Problem
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kfac import EKFAC, GKFAC, KFAC, rows
 
@@ -113,23 +114,51 @@ def test_an_attack_before_the_training_step_leaves_no_trace() -> None:
 
 @OPTIMIZERS
 @RULES
-def test_a_gradient_penalty_is_differentiated_through(optimizer: Any, options: Any) -> None:
-    """Double backward: gradients are those without the optimizer, and the batch counts once."""
-    alone, watched = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+@pytest.mark.parametrize("name", ["mlp-ce-mean", "mlp-ce-weighted"])
+@pytest.mark.parametrize("of", ["loss", "output"])
+def test_a_gradient_penalty_is_differentiated_through(optimizer: Any, options: Any, name: str, of: str) -> None:
+    """Double backward: gradients are those without the optimizer, and the batch counts once, as the criterion's.
+
+    The penalty on a slope of the loss, or on one of the output that is taken before the criterion is called.
+    """
+    alone, watched, plain = (BY_NAME[name].make() for _ in range(3))
     used = optimizer(watched.model, loss=watched.criterion, **options)
-    for problem in (alone, watched):
-        inputs = problem.inputs.clone().requires_grad_()
-        loss = problem.criterion(problem.model(inputs), problem.targets)
-        (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
-        (loss + slope.square().sum()).backward()
-    for own, other in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
-        assert own.grad is not None and other.grad is not None and torch.equal(own.grad, other.grad)
-    used.step()
-    plain = BY_NAME["mlp-ce-mean"].make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for problem in (alone, watched):
+            inputs = problem.inputs.clone().requires_grad_()
+            output = problem.model(inputs)
+            if of == "loss":
+                loss = problem.criterion(output, problem.targets)
+                (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
+            else:
+                (slope,) = torch.autograd.grad(output.sum(), inputs, create_graph=True)
+                loss = problem.criterion(output, problem.targets)
+            (loss + slope.square().sum()).backward()
+        for own, other in zip(watched.model.parameters(), alone.model.parameters(), strict=True):
+            assert own.grad is not None and other.grad is not None and torch.equal(own.grad, other.grad)
+        used.step()
     reference = optimizer(plain.model, loss=plain.criterion, **options)
     truth.step(reference, plain)
-    for name, layer in reference.curvature().items():
-        assert truth.relative_error(used.curvature()[name].G, layer.G) < 1e-12
+    for layer, expected in reference.curvature().items():
+        assert truth.relative_error(used.curvature()[layer].G, expected.G) < 1e-12
+        assert truth.relative_error(used.curvature()[layer].A, expected.A) < 1e-12
+
+
+@pytest.mark.parametrize("criterion_called", [True, False], ids=["criterion", "functional"])
+def test_inputs_of_layers_are_free_after_a_backward_that_frees_the_graph(criterion_called: bool) -> None:
+    """Before the step, and although the network's output lives on."""
+    problem = BY_NAME["mlp-ce-mean"].make()
+    used = KFAC(problem.model, loss=problem.criterion, **FIXED)
+    hidden: list[StorageWeakRef] = []
+    last = problem.model.get_submodule("2")
+    last.register_forward_pre_hook(lambda module, args: hidden.append(StorageWeakRef(args[0].untyped_storage())))
+    output = problem.model(problem.inputs)
+    loss = (problem.criterion if criterion_called else F.cross_entropy)(output, problem.targets)
+    assert not hidden[0].expired()
+    loss.backward()
+    assert hidden[0].expired()
+    del used
 
 
 def test_a_graph_that_is_retained_counts_once() -> None:
@@ -209,6 +238,54 @@ def test_hooks_of_others_that_replace_outputs_belong_to_the_network() -> None:
         assert truth.relative_error(weights(watched.model), weights(scaled.model)) < 1e-12
     early.remove()
     late.remove()
+
+
+class Less(nn.Module):
+    """The identity, of whose gradient a tenth goes back: by a hook on a view, or by operations."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        self.hooked = hooked
+
+    def forward(self, value: Tensor) -> Tensor:
+        if not self.hooked:
+            return value.detach() + 0.1 * (value - value.detach())
+        view = value.view_as(value)
+        view.register_hook(lambda gradient: 0.1 * gradient)
+        return view
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("options", [EVERY, FIXED, {**FIXED, "fisher": "sampled"}], ids=["tuned", "exact", "sampled"])
+def test_a_hook_on_a_view_of_an_output_changes_curvature_as_an_operation_does(optimizer: Any, options: Any) -> None:
+    moved = []
+    for hooked in (False, True):
+        problem = BY_NAME["mlp-ce-mean"].make()
+        problem.model.insert(1, Less(hooked))
+        problem.model.insert(0, nn.Linear(4, 4, dtype=torch.float64))  # a layer before the one with the hook
+        with torch.no_grad():
+            problem.model[0].weight.copy_(torch.eye(4) + 0.1)
+            problem.model[0].bias.zero_()
+        used = optimizer(problem.model, loss=problem.criterion, **options)
+        for _ in range(3):
+            truth.step(used, problem)
+        moved.append(weights(problem.model))
+    assert truth.relative_error(moved[1], moved[0]) < 1e-10
+
+
+@OPTIMIZERS
+@RULES
+def test_the_last_gradient_that_a_hook_sees_is_the_losss(optimizer: Any, options: Any) -> None:
+    alone, watched = (BY_NAME["mlp-ce-mean"].make() for _ in range(2))
+    used = optimizer(watched.model, loss=watched.criterion, **options)
+    seen: list[list[Tensor]] = []
+    for problem in (alone, watched):
+        seen.append([])
+        hidden = problem.model[1](problem.model[0](problem.inputs))
+        hidden.register_hook(seen[-1].append)
+        problem.criterion(problem.model[2](hidden), problem.targets).backward()
+    used.step()
+    assert len(seen[0]) == 1 < len(seen[1]) and torch.equal(seen[1][-1], seen[0][-1])
 
 
 def test_no_hook_is_there_at_steps_where_nothing_is_due() -> None:
