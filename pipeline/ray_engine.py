@@ -47,8 +47,7 @@ def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None], 
         waiting = {}
 
         def ask(trial: Trial) -> None:
-            stage = "prepare" if "source" in trial.run.data else "toy"
-            words = (trial.benchmark, trial.optimizer, trial.key, stage, _params(trial), _variables(trial))
+            words = (trial.benchmark, trial.optimizer, trial.key, trial.data_stage, _params(trial), _variables(trial))
             waiting[task.options(name=trial.name).remote(*words)] = trial
             asked[trial.name] += 1
 

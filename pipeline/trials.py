@@ -1,9 +1,9 @@
 """The trials of a tuning: what each trains, and where its record is kept until it is judged.
 
 The one idea: a record is found by what it is a record of. All that decides a trial (resolved configuration, code of
-the stage `train`) makes one checksum, and its record lies in `trials/<benchmark>/<optimizer>/<checksum>/seed-<k>/`,
-the same files as in results/. Whichever engine trained it, a tuning that is given again finds it; changed code or
-settings find nothing old.
+the stages that make its data and train it) makes one checksum, and its record lies in
+`trials/<benchmark>/<optimizer>/<checksum>/seed-<k>/`, the same files as in results/. Whichever engine trained it, a
+tuning that is given again finds it; changed code or settings find nothing old.
 """
 
 from __future__ import annotations
@@ -73,8 +73,13 @@ class Trial:
     def key(self) -> str:
         """Checksum of all that decides its record, but seed and machine."""
         run = {name: value for name, value in self.run.as_dict().items() if name not in _NOT_DECIDING}
-        text = json.dumps({"run": run, "code": _code()}, sort_keys=True, default=str)
+        text = json.dumps({"run": run, "code": _code(self.data_stage)}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def data_stage(self) -> str:
+        """The stage that makes its data."""
+        return "prepare" if "source" in self.run.data else "toy"
 
     @property
     def name(self) -> str:
@@ -116,8 +121,8 @@ class Trial:
 
 
 @functools.cache
-def _code() -> dict[str, str]:
-    return checkpoint.code()
+def _code(data_stage: str) -> dict[str, str]:
+    return checkpoint.code(data_stage, "train")
 
 
 def all_trials(choice: Choice, earlier: Mapping[Pair, Mapping[str, Any]]) -> dict[Pair, list[Trial]]:

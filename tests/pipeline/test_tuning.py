@@ -16,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 from synthetic_records import write_study
 
-from pipeline import evidence, ray_engine, records, selection, settings, trials, tune, tuning_evidence
+from pipeline import checkpoint, evidence, ray_engine, records, selection, settings, trials, tune, tuning_evidence
 from pipeline.checks import ConfigError
 from pipeline.composition import compose
 from pipeline.config import load, resolve
@@ -180,6 +180,30 @@ def test_a_record_is_found_if_it_is_whole_and_of_the_very_configuration(
         "toy_linear", "kfac"
     ]
     assert not any(trial.records() for trial in other)
+
+
+def test_changed_code_finds_no_old_record_that_of_the_data_neither(
+    recorded: tuple[dict[trials.Pair, list[trials.Trial]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("kfac", "pipeline"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "pipeline" / "checkpoint.py"))
+    monkeypatch.setattr(trials, "_code", trials._code.__wrapped__)  # each time anew
+    planted = recorded[0]["toy_linear", "sgd"][0]
+    digits = replace(planted, run=replace(planted.run, data={"source": "digits"}))
+    assert replace(planted).key == planted.key
+    for file, changes in (
+        ("pipeline/views.py", (False, False)),
+        ("pipeline/loop.py", (True, True)),
+        ("pipeline/toy.py", (True, False)),
+        ("pipeline/imagefiles.py", (False, True)),
+    ):
+        before = [replace(trial).key for trial in (planted, digits)]
+        with (tmp_path / file).open("a") as text:
+            text.write("# changed\n")
+        after = [replace(trial).key for trial in (planted, digits)]
+        assert tuple(one != other for one, other in zip(before, after, strict=True)) == changes, file
 
 
 def test_records_of_another_configuration_are_not_taken(
