@@ -146,8 +146,7 @@ def _of_pair(
 ) -> list[Trial]:
     benchmark, optimizer = pair
     shipped = _shipped(params, benchmark, optimizer)
-    found = space(optimizer, benchmark, choice.trials, shipped, declared(SEARCH / f"{optimizer}.yaml"))
-    settings = _settings(choice, found, shipped, f"tune {benchmark} {optimizer}", earlier)
+    found, settings = _settings(choice, pair, shipped, earlier)
     now = {dimension.field: shipped[dimension.field] for dimension in found}
     base = choice.overrides([benchmark], [optimizer])
     trials = []
@@ -163,16 +162,22 @@ def _of_pair(
 
 
 def _settings(
-    choice: Choice, found: Sequence[Dimension], shipped: Values, purpose: str, earlier: Mapping[str, Any] | None
-) -> list[Values]:
-    """The values of the trials: those of the earlier tuning if what it chose is shipped now and is among them.
+    choice: Choice, pair: Pair, shipped: Values, earlier: Mapping[str, Any] | None
+) -> tuple[list[Dimension], list[Values]]:
+    """Space and values of the trials: those of the earlier tuning if what it chose is shipped now and is among them.
 
     Otherwise (other ranges, fewer trials, a grid) the setting shipped now is the first, so it is never left out.
     """
-    make = functools.partial(points, found, trials=choice.trials, purpose=purpose, grid=choice.grid)
+    benchmark, optimizer = pair
+    lines = declared(SEARCH / f"{optimizer}.yaml")
+
+    def make(first: Values) -> tuple[list[Dimension], list[Values]]:
+        found = space(optimizer, benchmark, choice.trials, first, lines)
+        return found, points(found, first, choice.trials, f"tune {benchmark} {optimizer}", grid=choice.grid)
+
     if earlier is not None and all(shipped.get(field) == value for field, value in earlier["chosen"].items()):
         as_before = make(shipped | earlier["trials"][0]["values"])
-        if earlier["chosen"] in as_before:
+        if earlier["chosen"] in as_before[1]:
             return as_before
     return make(shipped)
 

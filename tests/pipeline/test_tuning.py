@@ -278,15 +278,21 @@ def test_the_committed_choice_follows_from_its_file(pair: trials.Pair) -> None:
     assert found["budget_curve"][-1]["expected"] == evidence.winner(found)["seconds_to_target"]
 
 
-@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("declared", [True, False], ids=["searched by a file", "without a file"])
+@pytest.mark.parametrize("grid", [False, True], ids=["sobol", "grid"])
 @pytest.mark.parametrize("won", range(4))
-def test_after_the_choice_was_written_the_same_command_has_the_same_trials(grid: bool, won: int) -> None:
-    choice = Choice(("toy_linear",), ("sgd",), 4, (1000,), grid=grid)
-    pair, before = ("toy_linear", "sgd"), [trial.values for trial in all_trials(choice, {})["toy_linear", "sgd"]]
+def test_after_the_choice_was_written_the_same_command_has_the_same_trials(
+    declared: bool, grid: bool, won: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not declared:
+        monkeypatch.setattr(trials, "SEARCH", tmp_path)
+    choice, pair = Choice(("toy_linear",), ("sgd",), 4, (1000,), grid=grid), ("toy_linear", "sgd")
+    first = all_trials(choice, {})[pair]
+    before = [trial.values for trial in first]
     earlier = {pair: {"chosen": before[won], "trials": [{"values": values} for values in before]}}
     written = replace(choice, settings=(f"optimizer.sgd.lr={before[won]['lr']}",))
     again = all_trials(written, earlier)[pair]
-    assert [trial.values for trial in again] == before
+    assert [trial.values for trial in again] == before and again[0].space == first[0].space
     assert all(trial.shipped == before[won] for trial in again)
     assert all_trials(written, {})[pair][0].values == before[won]
     for other in (replace(written, grid=not grid), replace(written, trials=2)):  # what was chosen is never left out
