@@ -420,6 +420,27 @@ def test_with_ray_a_trial_without_records_is_asked_for_again_three_times_at_most
     assert capsys.readouterr().err.count("the worker died") == 1 + 3
 
 
+def test_records_that_cannot_be_kept_end_a_tuning_in_one_line(
+    tuned: dict[trials.Pair, list[trials.Trial]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = taken(tuned["toy_linear", "sgd"])
+    monkeypatch.setattr(ray_engine, "_connect", lambda workers: FakeRay(files, dict.fromkeys(files, 0)))
+    monkeypatch.setattr("pipeline.recover.Recovery.needed", lambda self: False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    no_folder = tmp_path / "no folder"
+    no_folder.touch()
+    monkeypatch.setattr(trials, "FOLDER", no_folder)
+    words = "--benchmarks toy_linear --optimizers sgd --trials 2 --seeds 1000 --engine ray"
+    with pytest.raises(SystemExit) as end:
+        tune.main(words.split())
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith(f"error: {no_folder}/toy_linear/sgd/")
+    assert line.endswith("/seed-1000: Not a directory; the same command goes on")
+
+
 @pytest.mark.parametrize("address", [None, "sqlite:///mlflow.db"])
 def test_with_ray_a_store_that_is_a_file_gets_its_runs_on_this_machine(
     address: str | None, root: Path, tuned: dict[trials.Pair, list[trials.Trial]], monkeypatch: pytest.MonkeyPatch
