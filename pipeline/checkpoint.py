@@ -61,22 +61,22 @@ def root() -> Path:
     return workspace() / "checkpoints"
 
 
-def code() -> dict[str, str]:
-    """Checksums of the files that the stage `train` depends on (without a dvc.yaml: of all code)."""
+def code(*stages: str) -> dict[str, str]:
+    """Checksums of the code that these stages depend on (without a dvc.yaml: of all code)."""
     from ruamel.yaml import YAML
 
     tree = Path(__file__).parents[1]
     named = [tree / "kfac", tree / "pipeline"]
     if (tree / "dvc.yaml").is_file():
-        stages = YAML(typ="safe", pure=True).load(tree / "dvc.yaml")["stages"]
-        named = [tree / name for name in stages["train"]["deps"] if not name.startswith("data/")]
+        declared = YAML(typ="safe", pure=True).load(tree / "dvc.yaml")["stages"]
+        named = [tree / name for stage in stages for name in declared[stage]["deps"] if not name.startswith("data/")]
     files = {file for path in named for file in ([path] if path.is_file() else path.rglob("*.py"))}
     return {str(file.relative_to(tree)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _code(target: type) -> dict[str, str]:
-    """The same, and of the file that defines the optimizer."""
-    checksums = code()
+    """The same of the stage `train`, and of the file that defines the optimizer."""
+    checksums = code("train")
     defined = getattr(sys.modules[target.__module__], "__file__", None)
     if defined is not None:
         checksums[target.__module__] = hashlib.sha256(Path(defined).read_bytes()).hexdigest()

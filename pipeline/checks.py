@@ -162,6 +162,12 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def describe(error: OSError) -> str:
+    """A file that may not be read or written, and why, in a line."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
 def nearest(name: Any, valid: Iterable[str]) -> str:
     """`; nearest: …` for a misspelt name, or nothing."""
     close = difflib.get_close_matches(str(name), list(valid), n=3, cutoff=0.6)

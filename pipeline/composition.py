@@ -14,16 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 def compose(output: Path, overrides: list[str] | None = None) -> None:
     """Write the composition under Hydra overrides, such as `optimizer=ekfac`, to the file `output`.
 
-    Raises ConfigError for an override that cannot be; nothing is written then.
+    Raises ConfigError for an override, or a file of pipeline/conf, that cannot be; nothing is written then.
     """
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     conf, plugins = ROOT / "pipeline" / "conf", ROOT / "pipeline"
     try:
         compose_and_dump(output, str(conf), None, "config", str(plugins), overrides or [])
-    except (DvcException, HydraException) as error:
+    except (DvcException, HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checks import ConfigError, nearest, unknown
+from pipeline.checks import ConfigError, describe, nearest, unknown
 from pipeline.validation import TARGETS, TOP, by_benchmark, validate
 
 if TYPE_CHECKING:
@@ -210,6 +210,5 @@ def run_stage(stage: Callable[..., None], *arguments: str) -> None:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
+        sys.stderr.write(f"error: {describe(error)}\n")
         sys.exit(2)

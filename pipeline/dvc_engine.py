@@ -160,8 +160,10 @@ class Queue:
             return
         if names := [entry.name for entry in lost(self._celery)]:
             recovery = Recovery(ROOT)
-            recovery.run()
-            print("\n".join(recovery.done + recovery.left), flush=True)
+            try:
+                recovery.run()
+            finally:
+                print("\n".join(recovery.done + recovery.left), flush=True)
             self.queued.update(name for name in names if name in self.missing)
 
     def _patiently(self, call: Callable[[], Any]) -> None:

@@ -6,7 +6,7 @@ again, and on the same node its training goes on from its checkpoint. RAY_ADDRES
 this machine belongs to), on whose nodes Python has the packages of requirements.lock; without it Ray starts on this
 machine.
 
-What a node keeps (downloads, checkpoints, an MLflow store if MLFLOW_TRACKING_URI names none) lies below a folder
+What a node keeps (downloads, checkpoints, an MLflow store if MLFLOW_TRACKING_URI names no server) lies below a folder
 `kfac-bench` of its place for temporary files.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 
 from pipeline.checks import ConfigError
 from pipeline.composition import ROOT, compose
+from pipeline.store import place, workspace
 from pipeline.trials import Trial
 
 SECONDS = 8.0  # that a trial takes besides its training: starting processes, making its data
@@ -47,8 +48,8 @@ def train(trials: Sequence[Trial], workers: int, over: Callable[[Trial], None], 
         waiting = {}
 
         def ask(trial: Trial) -> None:
-            stage = "prepare" if "source" in trial.run.data else "toy"
-            words = (trial.benchmark, trial.optimizer, trial.key, stage, _params(trial), _variables(trial))
+            params = _params(trial)
+            words = (trial.benchmark, trial.optimizer, trial.key, trial.data_stage, params, _variables(trial, params))
             waiting[task.options(name=trial.name).remote(*words)] = trial
             asked[trial.name] += 1
 
@@ -89,11 +90,23 @@ def _params(trial: Trial) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def _variables(trial: Trial) -> dict[str, str]:
-    """What the user's environment says of data, store and threads, and what DVC would say of the trial."""
-    names = ("IMAGE_FOLDER", "MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")
-    here = {name: os.environ[name] for name in names if name in os.environ}
-    return {**here, "DVC_EXP_NAME": trial.name, "DVC_STAGE": f"train@{trial.benchmark}-{trial.optimizer}"}
+def _variables(trial: Trial, params: str) -> dict[str, str]:
+    """What the user says of data, store and threads, as it holds on any node, and what DVC would say of the trial."""
+    from ruamel.yaml import YAML
+
+    names = ("MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if "MLFLOW_TRACKING_URI" in found and _store_is_a_file():
+        found["MLFLOW_TRACKING_URI"] = ""  # the node's own: `_take` brings its runs into the one here
+    images = os.environ.get("IMAGE_FOLDER") or YAML(typ="safe", pure=True).load(params)["image_folder"]
+    if images:  # a relative path is one below this repository, a home that of the node
+        found["IMAGE_FOLDER"] = images if images.startswith("~") else str(workspace() / images)
+    return {**found, "DVC_EXP_NAME": trial.name, "DVC_STAGE": f"train@{trial.benchmark}-{trial.optimizer}"}
+
+
+def _store_is_a_file() -> bool:
+    """Whether the MLflow store is a file of this machine, and no server that nodes reach too."""
+    return place().database is not None
 
 
 def _train(
@@ -101,20 +114,20 @@ def _train(
 ) -> dict[str, bytes]:
     """On a node: make the data, train, and bring what lies in results/. Raises what the stages printed."""
     node = Path(tempfile.gettempdir()) / f"kfac-bench-{os.getuid()}"
-    place = node / "tasks" / key
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "params.yaml").write_text(params, encoding="utf-8")
+    folder = node / "tasks" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.yaml").write_text(params, encoding="utf-8")
     # With DVC_STAGE among the variables it ends, and leaves a checkpoint, when this process dies.
     environment = {**os.environ, **variables, "DVC_ROOT": str(node), "PYTHONPATH": os.getcwd()}
     for words in ([f"pipeline.{stage}", benchmark], ["pipeline.train", benchmark, optimizer]):
         ended = subprocess.run(
-            [sys.executable, "-m", *words], cwd=place, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-m", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
         if ended.returncode:
             raise RuntimeError(f"{' '.join(words)} ended with {ended.returncode}: {ended.stderr.strip()[-2000:]}")
-    found = [path for path in (place / "results").rglob("*") if path.is_file()]
-    files = {str(path.relative_to(place / "results")): path.read_bytes() for path in found}
-    shutil.rmtree(place)
+    found = [path for path in (folder / "results").rglob("*") if path.is_file()]
+    files = {str(path.relative_to(folder / "results")): path.read_bytes() for path in found}
+    shutil.rmtree(folder)
     return files
 
 
@@ -134,7 +147,7 @@ def _take(ray: Any, done: Any, trial: Trial) -> bool:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         trial.keep(Path(folder))
-    if "MLFLOW_TRACKING_URI" not in os.environ:
+    if _store_is_a_file():
         for seed in trial.run.seeds:
             tracking.complete(trial.folder / f"seed-{seed}")
     return True

@@ -116,12 +116,16 @@ def write_run(
 
 
 def copy_run(source: Path, folder: Path) -> None:
-    """Copy the records of a seed, to be there whole or not at all."""
+    """Copy the records of a seed, to be there whole or not at all. Raises OSError that names ``folder``."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial)
+        partial.mkdir(parents=True)
+        for path in source.iterdir():
+            (partial / path.name).write_bytes(path.read_bytes())
         _put_in_place(partial, folder)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(folder)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pipeline import checkpoint
-from pipeline.checks import ConfigError
+from pipeline.checks import ConfigError, describe
 
 if TYPE_CHECKING:
     from dvc.repo.experiments.executor.base import ExecutorInfo
@@ -41,17 +41,24 @@ END_WITHIN = 60.0  # seconds that a trainer has to write its checkpoint
 
 
 def main() -> None:
-    root = Path.cwd()
+    from dvc.exceptions import DvcException
+
     try:
-        recovery = Recovery(root)
-        recovery.run()
+        recovery = Recovery(Path.cwd())
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-    for line in recovery.done or ["all is well: nothing was changed"]:
-        print(line)
-    if recovery.left:
-        sys.exit("\n".join(recovery.left))
+        sys.exit(f"error: {error}")
+    left = recovery.left
+    try:
+        recovery.run()
+        recovery.done = recovery.done or ["all is well: nothing was changed"]
+    except OSError as error:
+        left.append(f"error: {describe(error)}")
+    except (ConfigError, DvcException) as error:
+        left.append(f"error: {' '.join(str(error).split())}")
+    finally:
+        print("".join(f"{line}\n" for line in recovery.done), end="", flush=True)
+    if left:
+        sys.exit("\n".join(left))
 
 
 class Recovery:
@@ -310,7 +317,15 @@ class Recovery:
             self.left.append(f"{name}: was changed after dvc had composed it, and is left; `git diff {name}`")
             return
         if self._git("diff", "--name-only", "HEAD", "--", "pipeline/conf"):
-            subprocess.run([sys.executable, "-m", "pipeline.composition"], cwd=self.root, check=True)
+            words = [sys.executable, "-m", "pipeline.composition"]
+            composed = subprocess.run(words, cwd=self.root, capture_output=True, text=True, check=False)
+            if composed.returncode:
+                why = composed.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
+                self.left.append(
+                    f"{name}: has the experiment's choices, for pipeline/conf cannot be composed: {why}; mend it, then"
+                    " `python -m pipeline.composition`"
+                )
+                return
             self.done.append(f"{name}: composed again from pipeline/conf, without the experiment's choices")
         else:
             self._git("checkout", "HEAD", "--", name)

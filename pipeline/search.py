@@ -11,7 +11,7 @@ in a mapping there), of one of three types. An end may be a mapping by benchmark
     momentum: {linear: [0.8, 0.99], from: 16}
     training.schedule: {choice: [constant, cosine], from: 16}
 
-An optimizer without a file is searched in its learning rate, from a thirtieth to thirty times the one it ships with.
+An optimizer without a file is searched in its learning rate, from a thirtieth to thirty times that of the first point.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The trials of a tuning: what each trains, and where its record is kept until it is judged.
 
 The one idea: a record is found by what it is a record of. All that decides a trial (resolved configuration, code of
-the stage `train`) makes one checksum, and its record lies in `trials/<benchmark>/<optimizer>/<checksum>/seed-<k>/`,
-the same files as in results/. Whichever engine trained it, a tuning that is given again finds it; changed code or
-settings find nothing old.
+the stages that make its data and train it) makes one checksum, and its record lies in
+`trials/<benchmark>/<optimizer>/<checksum>/seed-<k>/`, the same files as in results/. Whichever engine trained it, a
+tuning that is given again finds it; changed code or settings find nothing old.
 """
 
 from __future__ import annotations
@@ -73,8 +73,13 @@ class Trial:
     def key(self) -> str:
         """Checksum of all that decides its record, but seed and machine."""
         run = {name: value for name, value in self.run.as_dict().items() if name not in _NOT_DECIDING}
-        text = json.dumps({"run": run, "code": _code()}, sort_keys=True, default=str)
+        text = json.dumps({"run": run, "code": _code(self.data_stage)}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def data_stage(self) -> str:
+        """The stage that makes its data."""
+        return "prepare" if "source" in self.run.data else "toy"
 
     @property
     def name(self) -> str:
@@ -116,8 +121,8 @@ class Trial:
 
 
 @functools.cache
-def _code() -> dict[str, str]:
-    return checkpoint.code()
+def _code(data_stage: str) -> dict[str, str]:
+    return checkpoint.code(data_stage, "train")
 
 
 def all_trials(choice: Choice, earlier: Mapping[Pair, Mapping[str, Any]]) -> dict[Pair, list[Trial]]:
@@ -141,8 +146,7 @@ def _of_pair(
 ) -> list[Trial]:
     benchmark, optimizer = pair
     shipped = _shipped(params, benchmark, optimizer)
-    found = space(optimizer, benchmark, choice.trials, shipped, declared(SEARCH / f"{optimizer}.yaml"))
-    settings = _settings(choice, found, shipped, f"tune {benchmark} {optimizer}", earlier)
+    found, settings = _settings(choice, pair, shipped, earlier)
     now = {dimension.field: shipped[dimension.field] for dimension in found}
     base = choice.overrides([benchmark], [optimizer])
     trials = []
@@ -158,16 +162,22 @@ def _of_pair(
 
 
 def _settings(
-    choice: Choice, found: Sequence[Dimension], shipped: Values, purpose: str, earlier: Mapping[str, Any] | None
-) -> list[Values]:
-    """The values of the trials: those of the earlier tuning if what it chose is shipped now and is among them.
+    choice: Choice, pair: Pair, shipped: Values, earlier: Mapping[str, Any] | None
+) -> tuple[list[Dimension], list[Values]]:
+    """Space and values of the trials: those of the earlier tuning if what it chose is shipped now and is among them.
 
     Otherwise (other ranges, fewer trials, a grid) the setting shipped now is the first, so it is never left out.
     """
-    make = functools.partial(points, found, trials=choice.trials, purpose=purpose, grid=choice.grid)
+    benchmark, optimizer = pair
+    lines = declared(SEARCH / f"{optimizer}.yaml")
+
+    def make(first: Values) -> tuple[list[Dimension], list[Values]]:
+        found = space(optimizer, benchmark, choice.trials, first, lines)
+        return found, points(found, first, choice.trials, f"tune {benchmark} {optimizer}", grid=choice.grid)
+
     if earlier is not None and all(shipped.get(field) == value for field, value in earlier["chosen"].items()):
         as_before = make(shipped | earlier["trials"][0]["values"])
-        if earlier["chosen"] in as_before:
+        if earlier["chosen"] in as_before[1]:
             return as_before
     return make(shipped)
 

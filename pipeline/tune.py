@@ -5,7 +5,8 @@ found by what they are records of (pipeline.trials), so the command that was int
 is given again and goes on. When all trials of a pair have records, the best is chosen (pipeline.selection) and the
 evidence written (tuning/, docs/tuning.md); `--write` puts the chosen values into the optimizers' yaml files.
 
-Exit status: 0 when every pair was judged, 1 when trials have no record, 2 for a refusal.
+Exit status: 0 when every pair was judged, 1 when trials have no record, 2 for a refusal and for a file that may not be
+read or written.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.checks import COUNT, NATURAL, Choice, ConfigError, ListOf, Number, check, unknown
+from pipeline.checks import COUNT, NATURAL, Choice, ConfigError, ListOf, Number, check, describe, unknown
 from pipeline.validation import ARGUMENTS, CONF, available
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(tune(_arguments(arguments)))
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        sys.stderr.write(f"error: {describe(error)}; the same command goes on\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(

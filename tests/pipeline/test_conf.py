@@ -1,5 +1,6 @@
 """Claims about pipeline/conf: what it composes to, and that a bad choice never gets past composition."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,14 @@ def test_a_bad_choice_is_refused_at_composition_in_one_line(override: str, words
     for word in words:
         assert word in ended.stderr
     assert (ROOT / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(("text", "word"), [("sgd: {lr: [", "sgd.yaml"), ("sgd: {lr: '${nowhere}'}", "nowhere")])
+def test_a_broken_file_is_refused_at_composition_in_one_line(text: str, word: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pipeline" / "conf" / "optimizer" / "sgd.yaml").write_text(text)
+    command = [sys.executable, "-m", "pipeline.composition"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert word in ended.stderr and not (tmp_path / "params.yaml").exists()

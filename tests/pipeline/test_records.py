@@ -2,12 +2,13 @@
 
 import math
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.config import ConfigError
+from pipeline.checks import ConfigError, describe
 from pipeline.records import SUMMARY_KEYS, copy_run, is_measured, read_run, read_runs, seed_folder, write_run
 
 SUMMARY: dict[str, Any] = {key: None for key in SUMMARY_KEYS} | {
@@ -87,6 +88,19 @@ def test_records_get_their_name_when_the_disk_has_all_of_them(tmp_path: Path, mo
     copy_run(folder, tmp_path / "results" / "seed-3")
     assert lacking == [] and len([*(tmp_path / "results" / "seed-3").iterdir()]) == 6
     assert {(tmp_path / name).stat().st_ino for name in ("kept", "results")} <= on_disk  # and the names
+
+
+def test_a_copy_for_which_there_is_no_room_names_its_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    source, folder = written(tmp_path / "seed-3"), tmp_path / "results" / "seed-3"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(OSError) as refusal:
+            copy_run(source, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert describe(refusal.value) == f"{folder}: File too large"
+    assert list(folder.parent.iterdir()) == []
 
 
 def test_new_records_replace_old_ones(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,37 @@ def test_an_exp_run_that_was_killed_is_queued_again_and_the_workspace_is_in_orde
     assert lines(command("git", "symbolic-ref", "HEAD")) == ["refs/heads/main"]
     assert lines(command("git", "status", "--porcelain")) == []
     assert "mine" in command("dvc", "queue", "status").stdout
+
+
+def test_settings_that_cannot_be_composed_are_named_and_the_experiment_is_queued_again(
+    root: Path, command: Command
+) -> None:
+    shutil.copytree(REPOSITORY / "pipeline", root / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    command("git", "add", "."), command("git", "commit", "--quiet", "--message=Settings")
+    process = command("dvc", "exp", "run", "-n", "mine", "-S", "seconds=600", wait=False)
+    begun(root, process)
+    kill(process)
+    (root / "pipeline" / "conf" / "optimizer" / "sgd.yaml").write_text("sgd: {lr: [")
+    ended = command("recover")
+    [line] = ended.stderr.splitlines()
+    assert ended.returncode == 1 and "sgd.yaml" in line
+    assert line.startswith("params.yaml: has the experiment's choices, for pipeline/conf cannot be composed: while ")
+    assert "experiment mine, whose `dvc exp run` was killed, is queued again" in ended.stdout.splitlines()
+    assert "mine" in command("dvc", "queue", "status").stdout
+    assert lines(command("git", "symbolic-ref", "HEAD")) == ["refs/heads/main"]
+
+
+@pytest.mark.parametrize("fault", ["an unknown experiment", "a broken file of DVC's"])
+def test_what_was_done_is_said_also_where_recovery_cannot_go_on(root: Path, command: Command, fault: str) -> None:
+    if fault == "an unknown experiment":
+        lines(command("git", "update-ref", recover.UNFINISHED, "HEAD"))
+    else:
+        (root / ".dvc" / "config").write_text("[core")
+    (root / ".git" / "index.lock").touch()
+    ended = command("recover")
+    [line] = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith("error: ")
+    assert ended.stdout == ".git/index.lock: the lock of a git that is gone was removed\n"
 
 
 def test_a_temporary_run_is_left_while_it_lives_and_queued_again_once_when_it_was_killed(

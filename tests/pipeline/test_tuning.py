@@ -16,12 +16,26 @@ import pytest
 from ruamel.yaml import YAML
 from synthetic_records import write_study
 
-from pipeline import evidence, ray_engine, records, selection, settings, trials, tune, tuning_evidence
+from pipeline import (
+    checkpoint,
+    evidence,
+    imagefiles,
+    metrics,
+    ray_engine,
+    records,
+    selection,
+    settings,
+    tracking,
+    trials,
+    tune,
+    tuning_evidence,
+)
 from pipeline.checks import ConfigError
 from pipeline.composition import compose
 from pipeline.config import load, resolve
 from pipeline.search import Dimension
 from pipeline.selection import Judged
+from pipeline.store import place
 from pipeline.trials import Choice, all_trials
 from pipeline.validation import available
 
@@ -182,6 +196,30 @@ def test_a_record_is_found_if_it_is_whole_and_of_the_very_configuration(
     assert not any(trial.records() for trial in other)
 
 
+def test_changed_code_finds_no_old_record_that_of_the_data_neither(
+    recorded: tuple[dict[trials.Pair, list[trials.Trial]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("kfac", "pipeline"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "pipeline" / "checkpoint.py"))
+    monkeypatch.setattr(trials, "_code", trials._code.__wrapped__)  # each time anew
+    planted = recorded[0]["toy_linear", "sgd"][0]
+    digits = replace(planted, run=replace(planted.run, data={"source": "digits"}))
+    assert replace(planted).key == planted.key
+    for file, changes in (
+        ("pipeline/views.py", (False, False)),
+        ("pipeline/loop.py", (True, True)),
+        ("pipeline/toy.py", (True, False)),
+        ("pipeline/imagefiles.py", (False, True)),
+    ):
+        before = [replace(trial).key for trial in (planted, digits)]
+        with (tmp_path / file).open("a") as text:
+            text.write("# changed\n")
+        after = [replace(trial).key for trial in (planted, digits)]
+        assert tuple(one != other for one, other in zip(before, after, strict=True)) == changes, file
+
+
 def test_records_of_another_configuration_are_not_taken(
     tuned: dict[trials.Pair, list[trials.Trial]], tmp_path: Path
 ) -> None:
@@ -254,15 +292,21 @@ def test_the_committed_choice_follows_from_its_file(pair: trials.Pair) -> None:
     assert found["budget_curve"][-1]["expected"] == evidence.winner(found)["seconds_to_target"]
 
 
-@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("declared", [True, False], ids=["searched by a file", "without a file"])
+@pytest.mark.parametrize("grid", [False, True], ids=["sobol", "grid"])
 @pytest.mark.parametrize("won", range(4))
-def test_after_the_choice_was_written_the_same_command_has_the_same_trials(grid: bool, won: int) -> None:
-    choice = Choice(("toy_linear",), ("sgd",), 4, (1000,), grid=grid)
-    pair, before = ("toy_linear", "sgd"), [trial.values for trial in all_trials(choice, {})["toy_linear", "sgd"]]
+def test_after_the_choice_was_written_the_same_command_has_the_same_trials(
+    declared: bool, grid: bool, won: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not declared:
+        monkeypatch.setattr(trials, "SEARCH", tmp_path)
+    choice, pair = Choice(("toy_linear",), ("sgd",), 4, (1000,), grid=grid), ("toy_linear", "sgd")
+    first = all_trials(choice, {})[pair]
+    before = [trial.values for trial in first]
     earlier = {pair: {"chosen": before[won], "trials": [{"values": values} for values in before]}}
     written = replace(choice, settings=(f"optimizer.sgd.lr={before[won]['lr']}",))
     again = all_trials(written, earlier)[pair]
-    assert [trial.values for trial in again] == before
+    assert [trial.values for trial in again] == before and again[0].space == first[0].space
     assert all(trial.shipped == before[won] for trial in again)
     assert all_trials(written, {})[pair][0].values == before[won]
     for other in (replace(written, grid=not grid), replace(written, trials=2)):  # what was chosen is never left out
@@ -350,27 +394,87 @@ class FakeRay:
     def shutdown(self) -> None: ...
 
 
+def taken(of: list[trials.Trial]) -> dict[str, dict[str, bytes]]:
+    """Take the records of these trials away: what their tasks bring, by name."""
+    files = {}
+    for trial in of:
+        folder = trial.folder / "seed-1000"
+        pair = f"{trial.benchmark}/{trial.optimizer}"
+        files[trial.name] = {f"{pair}/seed-1000/{path.name}": path.read_bytes() for path in folder.iterdir()}
+        shutil.rmtree(trial.folder)
+    return files
+
+
 def test_with_ray_a_trial_without_records_is_asked_for_again_three_times_at_most(
     tuned: dict[trials.Pair, list[trials.Trial]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of = [*tuned["toy_linear", "sgd"], tuned["toy_linear", "kfac"][0]]
-    files = {
-        trial.name: {
-            f"toy_linear/{trial.optimizer}/seed-1000/{path.name}": path.read_bytes()
-            for path in (trial.folder / "seed-1000").iterdir()
-        }
-        for trial in of
-    }
-    for trial in of:
-        shutil.rmtree(trial.folder)
+    files = taken(of)
     ray = FakeRay(files, dict(zip(files, (0, 1, 9), strict=True)))
     monkeypatch.setattr(ray_engine, "_connect", lambda workers: ray)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "elsewhere")  # the nodes' runs are there already
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")  # the nodes' runs are there already
     over: list[trials.Trial] = []
     asked = ray_engine.train(of, 1, over.append)
     assert [asked[trial.name] for trial in of] == [1, 2, 3] and over == of[:2]
     assert [trial.records() is not None for trial in of] == [True, True, False]
     assert capsys.readouterr().err.count("the worker died") == 1 + 3
+
+
+def test_records_that_cannot_be_kept_end_a_tuning_in_one_line(
+    tuned: dict[trials.Pair, list[trials.Trial]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = taken(tuned["toy_linear", "sgd"])
+    monkeypatch.setattr(ray_engine, "_connect", lambda workers: FakeRay(files, dict.fromkeys(files, 0)))
+    monkeypatch.setattr("pipeline.recover.Recovery.needed", lambda self: False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    no_folder = tmp_path / "no folder"
+    no_folder.touch()
+    monkeypatch.setattr(trials, "FOLDER", no_folder)
+    words = "--benchmarks toy_linear --optimizers sgd --trials 2 --seeds 1000 --engine ray"
+    with pytest.raises(SystemExit) as end:
+        tune.main(words.split())
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith(f"error: {no_folder}/toy_linear/sgd/")
+    assert line.endswith("/seed-1000: Not a directory; the same command goes on")
+
+
+@pytest.mark.parametrize("address", [None, "sqlite:///mlflow.db"])
+def test_with_ray_a_store_that_is_a_file_gets_its_runs_on_this_machine(
+    address: str | None, root: Path, tuned: dict[trials.Pair, list[trials.Trial]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    [trial, _] = tuned["toy_linear", "sgd"]
+    ray = FakeRay(taken([trial]), {trial.name: 0})
+    monkeypatch.setattr(ray_engine, "_connect", lambda workers: ray)
+    ray_engine.train([trial], 1, lambda _: None)
+    store = tracking.Store()
+    runs = [run for experiment in store.experiments() for run in store.runs(experiment.experiment_id)]
+    assert [run.data.tags["records"] for run in runs] == [metrics.records_hash(trial.folder / "seed-1000")]
+
+
+@pytest.mark.parametrize("settings", [(), ("image_folder=images",)], ids=["IMAGE_FOLDER", "image_folder"])
+def test_relative_paths_are_the_same_on_a_node_of_ray(
+    settings: tuple[str, ...], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [[trial]] = all_trials(Choice(("toy_linear",), ("sgd",), 1, (1000,), settings=settings), {}).values()
+    for name in ("images", "node"):
+        (root / name).mkdir()
+    monkeypatch.setenv("IMAGE_FOLDER", "" if settings else "images")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    params = ray_engine._params(trial)
+    assert ray_engine._variables(trial, params)["MLFLOW_TRACKING_URI"] == "http://host:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    variables = {**ray_engine._variables(trial, params), "DVC_ROOT": str(root / "node")}
+    (root / "node" / "params.yaml").write_text(params)
+    monkeypatch.chdir(root / "node")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert imagefiles.image_folder() == root / "images"
+    assert place().database == root / "node" / "mlflow.db"  # from where its runs come here as records
 
 
 # ---------------------------------------------------------------- settings
