@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_sets import CIFAR, DIGITS, arrays, class_folders, encoded, halves, official, packed
+from small_sets import CIFAR, CIFAR_100, DIGITS, arrays, class_folders, encoded, halves, official, packed
 
 from pipeline import imagefiles
 from pipeline.checks import ConfigError
@@ -111,6 +111,40 @@ def test_a_folder_with_other_things_holds_nothing(tmp_path: Path) -> None:
     assert read(tmp_path, CIFAR) is None
 
 
+SPLITS = {
+    "whole": [[""]],
+    "parts": [["train", "order-train.txt"], ["test", "order-test.txt"]],
+    "order lists apart": [["order-train.txt", "order-test.txt"], ["train", "test"]],
+    "no order lists": [["train", "test"]],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("other", [CIFAR_100, DIGITS], ids=lambda known: known.name)
+def test_archives_of_two_sets_may_have_the_same_folders_at_the_top(tmp_path: Path, other: ImageSet, split: str) -> None:
+    for known in (CIFAR, other):
+        source = class_folders(known, tmp_path / ".unpacked" / known.name)
+        for k, members in enumerate(SPLITS[split]):
+            packed(source, tmp_path / f"{known.name}-{k}.tar", members, at_top=True)
+    order = "by class" if split == "no order lists" else "original"
+    for known in (CIFAR, other):
+        reading = read(tmp_path, known)
+        assert reading is not None and reading.facts["order"] == order
+        pixels, labels = arrays(known)
+        for part in known.counts:
+            rows = np.argsort(labels[part], kind="stable") if order == "by class" else slice(None)
+            np.testing.assert_array_equal(reading.pixels[part], pixels[part][rows])
+            np.testing.assert_array_equal(reading.labels[part], labels[part][rows])
+
+
+def test_order_lists_that_lie_apart_are_checked(tmp_path: Path) -> None:
+    source = class_folders(CIFAR, tmp_path / ".unpacked")
+    (source / "order-train.txt").write_text("")
+    packed(source, tmp_path / "images.tar", ["train", "test"])
+    packed(source, tmp_path / "lists.tar", ["order-train.txt", "order-test.txt"])
+    assert "lists.tar:.unpacked/order-train.txt: does not list every image once" in refusal(tmp_path)
+
+
 def test_the_exact_form_is_preferred(tmp_path: Path) -> None:
     known = official(CIFAR, tmp_path)
     class_folders(CIFAR, tmp_path / "cifar10")
@@ -193,7 +227,7 @@ def test_one_archive_of_two_is_named_as_incomplete(tmp_path: Path) -> None:
 def test_an_image_that_is_in_two_archives_is_named(tmp_path: Path) -> None:
     halves(CIFAR, tmp_path, tmp_path / ".unpacked")
     (tmp_path / "half-00.tar.gz").write_bytes((tmp_path / "half-0.tar.gz").read_bytes())
-    assert "half-00.tar.gz:cifar10/test/airplane/0000.png: is there twice" in refusal(tmp_path)
+    assert "half-00.tar.gz:cifar10/train/airplane/0000.png: is there twice" in refusal(tmp_path)
 
 
 def test_archives_after_those_that_make_the_set_whole_are_not_read(tmp_path: Path) -> None:
