@@ -128,8 +128,8 @@ def _are_of(names: set[str], known: ImageSet) -> bool:
 
 def forms(folder: Path, known: ImageSet) -> Iterator[Form]:
     """The places in `folder` where the set may be, the most exact first. Raises ConfigError for what is damaged."""
-    below = _folders(folder)
-    places = [folder, *below, *(inner for each in below for inner in _folders(each))]
+    below = _readable_folders(folder)
+    places = [folder, *below, *(inner for each in below for inner in _readable_folders(each))]
     for place in (folder, *(each / known.home for each in places)):
         official = {file: path for file in known.file_names if (path := _either(place / file))}
         if official and (place != folder or len(official) == len(known.file_names)):
@@ -422,14 +422,21 @@ def _either(path: Path) -> Path | None:
     return None
 
 
+def _readable_folders(place: Path) -> list[Path]:
+    """The folders in it, but for those that cannot be read, like a disk's lost+found."""
+    return [each for each in _folders(place) if os.access(each, os.R_OK | os.X_OK)]
+
+
 def _folders(place: Path) -> list[Path]:
+    """A link to what may not be seen is left out, where the entry's own `is_dir` raises."""
     with os.scandir(place) as entries:
-        return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(Path(entry.path) for entry in entries if os.path.isdir(entry) and not entry.name.startswith("."))
 
 
 def _files(place: Path) -> list[Path]:
+    """Like `_folders`."""
     with os.scandir(place) as entries:
-        return sorted(Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith("."))
+        return sorted(Path(entry.path) for entry in entries if os.path.isfile(entry) and not entry.name.startswith("."))
 
 
 def _reason(error: BaseException) -> str:

@@ -2,8 +2,10 @@
 
 import io
 import os
+import pwd
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +145,45 @@ def test_order_lists_that_lie_apart_are_checked(tmp_path: Path) -> None:
     packed(source, tmp_path / "images.tar", ["train", "test"])
     packed(source, tmp_path / "lists.tar", ["order-train.txt", "order-test.txt"])
     assert "lists.tar:.unpacked/order-train.txt: does not list every image once" in refusal(tmp_path)
+
+
+@contextmanager
+def not_as_root() -> Iterator[None]:
+    """As a user for whom there are folders that cannot be read."""
+    if os.geteuid() != 0:
+        yield
+        return
+    nobody = pwd.getpwnam("nobody").pw_uid
+    os.setresuid(nobody, nobody, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("place", ["lost+found", "mine/lost+found"])
+def test_a_folder_that_cannot_be_read_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    class_folders(CIFAR, tmp_path / "cifar10")
+    packed(class_folders(DIGITS, tmp_path / ".unpacked"), tmp_path / "mnist.tar")
+    (tmp_path / place / "below").mkdir(parents=True)
+    (tmp_path / "another_users").symlink_to(tmp_path / place / "below")
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # whose parents may be root's alone
+    (tmp_path / place).chmod(0o000)
+    try:
+        with not_as_root():
+            with pytest.raises(PermissionError):
+                os.listdir(place)
+            forms = [next(imagefiles.forms(Path("."), known)) for known in (CIFAR, DIGITS)]
+            assert [len(form.files) for form in forms] == [62, 1]
+            readings = [form.read() for form in forms]
+    finally:
+        (tmp_path / place).chmod(0o755)
+    for known, reading in zip((CIFAR, DIGITS), readings, strict=True):
+        assert reading is not None
+        np.testing.assert_array_equal(reading.pixels["test"], arrays(known)[0]["test"])
 
 
 def test_the_exact_form_is_preferred(tmp_path: Path) -> None:
