@@ -112,14 +112,24 @@ class Classes:
 
     def belong_to(self, known: ImageSet) -> bool:
         """Whether at least half of the class names are the set's."""
-        names = {name for classes in self.images.values() for name in classes}
-        return bool(names) and 2 * len(names & set(known.classes)) >= len(names)
+        return _are_of({name for classes in self.images.values() for name in classes}, known)
+
+    def may_order(self, known: ImageSet) -> bool:
+        """Whether there are order lists alone, and they name no other set's classes."""
+        if any(self.images.values()):
+            return False
+        names = {path.split("/")[1] for entry in self.order.values() for path in _listed(entry) if path.count("/") == 2}
+        return not names or _are_of(names, known)
+
+
+def _are_of(names: set[str], known: ImageSet) -> bool:
+    return bool(names) and 2 * len(names & set(known.classes)) >= len(names)
 
 
 def forms(folder: Path, known: ImageSet) -> Iterator[Form]:
     """The places in `folder` where the set may be, the most exact first. Raises ConfigError for what is damaged."""
-    below = _folders(folder)
-    places = [folder, *below, *(inner for each in below for inner in _folders(each))]
+    below = _readable_folders(folder)
+    places = [folder, *below, *(inner for each in below for inner in _readable_folders(each))]
     for place in (folder, *(each / known.home for each in places)):
         official = {file: path for file in known.file_names if (path := _either(place / file))}
         if official and (place != folder or len(official) == len(known.file_names)):
@@ -238,8 +248,7 @@ def _arranged(found: Classes, known: ImageSet, part: str, place: str) -> list[tu
         by_class += [(f"{part}/{name}/{file}", (classes[name][file], label)) for file in files]
     if part not in found.order:
         return [image for _, image in by_class]
-    ordered, lines = dict(by_class), found.order[part].content().decode(errors="replace").splitlines()
-    listed = ["/".join(PurePosixPath(line.strip()).parts[-3:]) for line in lines if line.strip()]
+    ordered, listed = dict(by_class), _listed(found.order[part])
     if sorted(listed) != sorted(ordered):
         wrong = sorted(set(listed) ^ set(ordered)) or [line for line in listed if listed.count(line) > 1]
         raise ConfigError(
@@ -247,6 +256,12 @@ def _arranged(found: Classes, known: ImageSet, part: str, place: str) -> list[tu
             f"{len(ordered)} paths {part}/CLASS/NNNN of the images, one a line"
         )
     return [ordered[path] for path in listed]
+
+
+def _listed(order: Entry) -> list[str]:
+    """The paths PART/CLASS/FILE of an order list."""
+    lines = order.content().decode(errors="replace").splitlines()
+    return ["/".join(PurePosixPath(line.strip()).parts[-3:]) for line in lines if line.strip()]
 
 
 def _number(file: str) -> tuple[float, str]:
@@ -299,7 +314,7 @@ def from_archives(archives: list[Path], known: ImageSet) -> Reading | None:
     Nothing is unpacked to disk, yet every member passes the filter that refuses paths out of the folder and devices.
     """
     official: dict[str, Entry] = {}
-    found: dict[str, Classes] = {}  # by folder
+    found: dict[tuple[Path, str], Classes] = {}  # by archive and folder in it: two sets may both be at the top
     for archive in archives:
         for name, content in _members(archive):
             path, where = PurePosixPath(name), f"{archive}:{name}"
@@ -308,12 +323,12 @@ def from_archives(archives: list[Path], known: ImageSet) -> Reading | None:
                 official[file] = _in_memory(where, content())
             elif path.name in [f"order-{part}.txt" for part in PARTS]:
                 part = path.stem.removeprefix("order-")
-                found.setdefault(str(path.parent), Classes()).order[part] = _in_memory(where, content())
+                found.setdefault((archive, str(path.parent)), Classes()).order[part] = _in_memory(where, content())
             elif len(path.parts) > 2 and path.parts[-3] in PARTS and path.name.lower().endswith(ENDINGS):
                 part, name = path.parts[-3:-1]
                 image = _in_memory(where, content() if name in known.classes else b"")
-                found.setdefault(str(path.parents[2]), Classes()).add(part, name, path.name, image)
-        whole = _together([each for each in found.values() if each.belong_to(known)])
+                found.setdefault((archive, str(path.parents[2])), Classes()).add(part, name, path.name, image)
+        whole = _together(found, known)
         if len(official) == len(known.file_names) or whole.complete(known):
             break
     if official:
@@ -324,10 +339,13 @@ def from_archives(archives: list[Path], known: ImageSet) -> Reading | None:
     return class_images(whole, known, f"{', '.join(sources)}:", "tar archives")
 
 
-def _together(parts_of_a_set: list[Classes]) -> Classes:
-    """The images of several folders as those of one."""
+def _together(found: dict[tuple[Path, str], Classes], known: ImageSet) -> Classes:
+    """What is the set's in several archives, as in one folder; order lists may lie in an archive without images."""
+    images = {key: each for key, each in found.items() if each.belong_to(known)}
+    folders = {folder for _, folder in images}
+    lists = [each for (_, folder), each in found.items() if folder in folders and each.may_order(known)]
     whole = Classes()
-    for each in parts_of_a_set:
+    for each in [*lists, *images.values()]:
         whole.order.update(each.order)
         for part, classes in each.images.items():
             for name, files in classes.items():
@@ -404,14 +422,21 @@ def _either(path: Path) -> Path | None:
     return None
 
 
+def _readable_folders(place: Path) -> list[Path]:
+    """The folders in it, but for those that cannot be read, like a disk's lost+found."""
+    return [each for each in _folders(place) if os.access(each, os.R_OK | os.X_OK)]
+
+
 def _folders(place: Path) -> list[Path]:
+    """A link to what may not be seen is left out, where the entry's own `is_dir` raises."""
     with os.scandir(place) as entries:
-        return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(Path(entry.path) for entry in entries if os.path.isdir(entry) and not entry.name.startswith("."))
 
 
 def _files(place: Path) -> list[Path]:
+    """Like `_folders`."""
     with os.scandir(place) as entries:
-        return sorted(Path(entry.path) for entry in entries if entry.is_file() and not entry.name.startswith("."))
+        return sorted(Path(entry.path) for entry in entries if os.path.isfile(entry) and not entry.name.startswith("."))
 
 
 def _reason(error: BaseException) -> str:

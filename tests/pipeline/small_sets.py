@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.imagesets import CIFAR10, MNIST, ImageSet
+from pipeline.imagesets import CIFAR10, CIFAR100, MNIST, ImageSet
 
 CIFAR = replace(CIFAR10, counts={"train": (4,) * 10, "test": (2,) * 10})
+CIFAR_100 = replace(CIFAR100, counts={"train": (2,) * 100, "test": (1,) * 100})
 DIGITS = replace(MNIST, counts={"train": (3,) * 10, "test": (1,) * 10})
 
 
@@ -53,11 +54,11 @@ def class_folders(known: ImageSet, folder: Path, *, ordered: bool = True) -> Pat
     return folder
 
 
-def packed(folder: Path, archive: Path, members: Iterable[str] | None = None) -> None:
-    """A tar of `folder` under its name, or of some paths in it; compressed as the name says."""
+def packed(folder: Path, archive: Path, members: Iterable[str] | None = None, *, at_top: bool = False) -> None:
+    """A tar of `folder` under its name or at the top, or of some paths in it; compressed as the name says."""
     with tarfile.open(archive, "w:gz" if archive.name.endswith("gz") else "w") as tar:
         for member in sorted(members) if members is not None else [""]:
-            tar.add(folder / member, f"{folder.name}/{member}".rstrip("/"))
+            tar.add(folder / member, f"{'.' if at_top else folder.name}/{member}".rstrip("/"))
 
 
 def halves(known: ImageSet, folder: Path, temporary: Path) -> None:

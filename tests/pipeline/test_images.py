@@ -2,14 +2,16 @@
 
 import io
 import os
+import pwd
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_sets import CIFAR, DIGITS, arrays, class_folders, encoded, halves, official, packed
+from small_sets import CIFAR, CIFAR_100, DIGITS, arrays, class_folders, encoded, halves, official, packed
 
 from pipeline import imagefiles
 from pipeline.checks import ConfigError
@@ -111,6 +113,79 @@ def test_a_folder_with_other_things_holds_nothing(tmp_path: Path) -> None:
     assert read(tmp_path, CIFAR) is None
 
 
+SPLITS = {
+    "whole": [[""]],
+    "parts": [["train", "order-train.txt"], ["test", "order-test.txt"]],
+    "order lists apart": [["order-train.txt", "order-test.txt"], ["train", "test"]],
+    "no order lists": [["train", "test"]],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("other", [CIFAR_100, DIGITS], ids=lambda known: known.name)
+def test_archives_of_two_sets_may_have_the_same_folders_at_the_top(tmp_path: Path, other: ImageSet, split: str) -> None:
+    for known in (CIFAR, other):
+        source = class_folders(known, tmp_path / ".unpacked" / known.name)
+        for k, members in enumerate(SPLITS[split]):
+            packed(source, tmp_path / f"{known.name}-{k}.tar", members, at_top=True)
+    order = "by class" if split == "no order lists" else "original"
+    for known in (CIFAR, other):
+        reading = read(tmp_path, known)
+        assert reading is not None and reading.facts["order"] == order
+        pixels, labels = arrays(known)
+        for part in known.counts:
+            rows = np.argsort(labels[part], kind="stable") if order == "by class" else slice(None)
+            np.testing.assert_array_equal(reading.pixels[part], pixels[part][rows])
+            np.testing.assert_array_equal(reading.labels[part], labels[part][rows])
+
+
+def test_order_lists_that_lie_apart_are_checked(tmp_path: Path) -> None:
+    source = class_folders(CIFAR, tmp_path / ".unpacked")
+    (source / "order-train.txt").write_text("")
+    packed(source, tmp_path / "images.tar", ["train", "test"])
+    packed(source, tmp_path / "lists.tar", ["order-train.txt", "order-test.txt"])
+    assert "lists.tar:.unpacked/order-train.txt: does not list every image once" in refusal(tmp_path)
+
+
+@contextmanager
+def not_as_root() -> Iterator[None]:
+    """As a user for whom there are folders that cannot be read."""
+    if os.geteuid() != 0:
+        yield
+        return
+    nobody = pwd.getpwnam("nobody").pw_uid
+    os.setresuid(nobody, nobody, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("place", ["lost+found", "mine/lost+found"])
+def test_a_folder_that_cannot_be_read_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    class_folders(CIFAR, tmp_path / "cifar10")
+    packed(class_folders(DIGITS, tmp_path / ".unpacked"), tmp_path / "mnist.tar")
+    (tmp_path / place / "below").mkdir(parents=True)
+    (tmp_path / "another_users").symlink_to(tmp_path / place / "below")
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # whose parents may be root's alone
+    (tmp_path / place).chmod(0o000)
+    try:
+        with not_as_root():
+            with pytest.raises(PermissionError):
+                os.listdir(place)
+            forms = [next(imagefiles.forms(Path("."), known)) for known in (CIFAR, DIGITS)]
+            assert [len(form.files) for form in forms] == [62, 1]
+            readings = [form.read() for form in forms]
+    finally:
+        (tmp_path / place).chmod(0o755)
+    for known, reading in zip((CIFAR, DIGITS), readings, strict=True):
+        assert reading is not None
+        np.testing.assert_array_equal(reading.pixels["test"], arrays(known)[0]["test"])
+
+
 def test_the_exact_form_is_preferred(tmp_path: Path) -> None:
     known = official(CIFAR, tmp_path)
     class_folders(CIFAR, tmp_path / "cifar10")
@@ -193,7 +268,7 @@ def test_one_archive_of_two_is_named_as_incomplete(tmp_path: Path) -> None:
 def test_an_image_that_is_in_two_archives_is_named(tmp_path: Path) -> None:
     halves(CIFAR, tmp_path, tmp_path / ".unpacked")
     (tmp_path / "half-00.tar.gz").write_bytes((tmp_path / "half-0.tar.gz").read_bytes())
-    assert "half-00.tar.gz:cifar10/test/airplane/0000.png: is there twice" in refusal(tmp_path)
+    assert "half-00.tar.gz:cifar10/train/airplane/0000.png: is there twice" in refusal(tmp_path)
 
 
 def test_archives_after_those_that_make_the_set_whole_are_not_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,8 @@ def command(root: Path) -> Iterator[Command]:
         **{**inherited, **identity, "GIT_CONFIG_GLOBAL": os.devnull, "DVC_NO_ANALYTICS": "true"},
         **{f"DVC_{kind}_CONFIG_DIR": str(root / ".settings") for kind in ("GLOBAL", "SYSTEM")},
         **{"DVC_SITE_CACHE_DIR": str(root / ".settings"), "PYTHONPATH": str(REPOSITORY)},
+        # queue workers call dvc by name
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     programs = {"dvc": [sys.executable, "-m", "dvc"], "recover": [sys.executable, "-m", "pipeline.recover"]}
 
@@ -68,6 +71,15 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def kill_workers(root: Path) -> None:
+    """All queue workers, each with the experiment that it runs; a worker dies first and notes nothing of its end."""
+    workers, _ = recover.Recovery(root).dvc_processes()
+    below = [child for worker in workers for child in worker.children(recursive=True)]
+    for process in workers + below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def test_an_exp_run_that_was_killed_is_queued_again_and_the_workspace_is_in_order(root: Path, command: Command) -> None:
@@ -127,6 +139,25 @@ def test_a_temporary_run_is_left_while_it_lives_and_queued_again_once_when_it_wa
     assert "experiment mine, lost when its dvc was killed, is queued again" in said
     assert not [*root.glob(".dvc/tmp/exps/standalone/*/begun")]
     assert lines(command("recover")) == WELL
+
+
+def test_the_point_of_a_killed_queue_worker_is_queued_again_beside_the_one_that_waits(
+    root: Path, command: Command
+) -> None:
+    lines(command("dvc", "exp", "run", "--queue", "-n", "point", "-S", "seconds=600,601"))
+    try:
+        assert command("dvc", "queue", "start", wait=False).wait() == 0
+        deadline = time.monotonic() + 120
+        while not [*root.glob(".dvc/tmp/exps/tmp*/begun")]:
+            assert time.monotonic() < deadline, "no worker runs a point"
+            time.sleep(0.05)
+    finally:
+        kill_workers(root)
+    [again] = [line for line in lines(command("recover")) if line.startswith("experiment")]
+    assert re.fullmatch("experiment point-[12], lost when its dvc was killed, is queued again", again)
+    assert not [*root.glob(".dvc/tmp/exps/tmp*/begun")]
+    rows = [line.split() for line in lines(command("dvc", "queue", "status")) if " point-" in line]
+    assert sorted((row[1], row[-1]) for row in rows) == [("point-1", "Queued"), ("point-2", "Queued")]
 
 
 def test_a_trainer_that_ends_by_itself_meanwhile_is_no_trouble(

@@ -193,8 +193,7 @@ def server(root: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         yield started
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_server_lost_in_mid_run_is_one_warning_and_no_long_wait(
     fault: signal.Signals,
     root: Path,
