@@ -121,6 +121,7 @@ def new_repository(folder: Path, edit: Callable[[Path], None]) -> Workspace:
 def yaml_edited(path: Path) -> Iterator[Any]:
     """The content of a YAML file, to be changed in place."""
     yaml = YAML()
+    yaml.width = 4096  # a line stays one line, as the commands of the documents have it
     content = yaml.load(path)
     yield content
     yaml.dump(content, path)
