@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, losses, rows
-from .capture import Batch
+from .batch import Batch
 from .layers import Block
 from .precision import rounded_products
 from .rows import Rows

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from . import compiling, distributed, factors
-from .capture import Batch, Capture, without_autocast
+from .batch import Batch
+from .capture import Capture, without_autocast
 from .collect import Collector
 from .find import find_blocks, without_block
 from .later import Later, at_once

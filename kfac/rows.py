@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import Batch, Call
+from .batch import Batch, Call
 from .layers import Block
 from .patches import Patches
 from .products import Unwritten, WithOne, gram, outer_sum
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-MODEL_ROWS = 250  # examples that the quadratic model uses at least, before it takes a quarter of the batch
+MODEL_ROWS = 125  # examples that the quadratic model uses at least, before it takes an eighth of the batch
 
 
 @dataclass

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checks import ConfigError
 from pipeline.composition import ROOT
-from pipeline.recover import Recovery, lost
+from pipeline.lost_points import lost
+from pipeline.recover import Recovery
 from pipeline.trials import Trial
 
 if TYPE_CHECKING:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ground_truth as truth
-import layer_cases as layers
 import pytest
 import torch
 from cases import BY_NAME, LOSSES, Problem
-from layer_cases import LayerCase, Mean, numbers, tokens
+from layer_cases import LayerCase, Mean, flat_head, numbers, tokens
 from torch import Tensor, nn
 
 from kfac import EKFAC, GKFAC, KFAC
@@ -72,7 +71,7 @@ NETS = {
     ),
     "conv": LayerCase(
         "conv",
-        lambda: layers.flat_head(nn.Conv2d(2, 4, 3, padding=1, groups=2), numbers(8, 2, 3, 3)),
+        lambda: flat_head(nn.Conv2d(2, 4, 3, padding=1, groups=2), numbers(8, 2, 3, 3)),
         numbers(8, 2, 3, 3),
     ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ground_truth as truth
-import layer_cases as layers
+import layer_truth as layers
 import pytest
 import torch
 from cases import Problem

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import ground_truth as truth
-import layer_cases as layers
+import layer_truth as layers
 import pytest
 import torch
 from cases import BY_NAME, LOSSES, Problem

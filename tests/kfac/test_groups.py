@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import ground_truth as truth
-import layer_cases as layers
+import layer_truth as layers
 import pytest
 import torch
 from cases import BY_NAME, Problem

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ground_truth as truth
-import layer_cases as layers
+import layer_truth as layers
 import pytest
 import torch
 from cases import LOSSES, Case, Problem, mlp
-from layer_cases import LayerCase, Mean, numbers
+from layer_cases import LayerCase, Mean, flat_head, numbers
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
@@ -268,9 +268,7 @@ def test_what_no_hook_can_see_goes_to_the_fallback_by_name_with_one_warning(
 
 @OPTIMIZERS
 def test_a_net_of_plain_layers_warns_of_nothing(optimizer: Any) -> None:
-    problem = LayerCase(
-        "plain", lambda: layers.flat_head(nn.Conv2d(2, 4, 3), numbers(5, 2, 4, 5)), numbers(5, 2, 4, 5)
-    ).make()
+    problem = LayerCase("plain", lambda: flat_head(nn.Conv2d(2, 4, 3), numbers(5, 2, 4, 5)), numbers(5, 2, 4, 5)).make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         used = optimizer(problem.model, loss=problem.criterion)

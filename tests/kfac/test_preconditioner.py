@@ -6,11 +6,11 @@ import io
 from typing import Any
 
 import ground_truth as truth
-import layer_cases as layers
+import layer_truth as layers
 import pytest
 import torch
 from cases import BY_NAME, DEEP_LINEAR, ONE_EXAMPLE, Case, Problem
-from layer_cases import NORMED, SINGLE, LayerCase
+from layer_cases import NORMED, SINGLE, LayerCase, Mean, numbers
 from torch import Tensor, nn
 
 from kfac import EKFAC, GKFAC, KFAC, Preconditioner
@@ -246,8 +246,8 @@ def test_a_second_step_without_a_backward_of_its_own_says_nothing_wrong(method: 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("solver", ["cholesky", "eigh"])
 def test_sharing_is_an_option_here_too(sharing: str, solver: str) -> None:
-    case = LayerCase("pooled", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), layers.Mean(), nn.Linear(5, 3)),
-                     layers.numbers(6, 3, 4))  # fmt: skip
+    case = LayerCase("pooled", lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Mean(), nn.Linear(5, 3)),
+                     numbers(6, 3, 4))  # fmt: skip
     problem = case.make()
     found = precondition(build(used := problem.copy(), solver=solver, sharing=sharing), used)
     step = layers.factored_step if solver == "cholesky" else layers.kronecker_step

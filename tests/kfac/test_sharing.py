@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ground_truth as truth
-import layer_cases as layers
+import layer_truth as layers
 import pytest
 import torch
 from cases import LOSSES, Case, Problem, mlp
-from layer_cases import LayerCase, Mean, numbers, tokens
+from layer_cases import LayerCase, Mean, flat_head, numbers, tokens
 from torch import Tensor, nn
 
 from kfac import EKFAC, GKFAC, KFAC
@@ -86,7 +86,7 @@ GENERAL = [
     ),
     LayerCase(
         "transposed",
-        lambda: layers.flat_head(nn.ConvTranspose1d(2, 3, 3, stride=2), numbers(5, 2, 3)),
+        lambda: flat_head(nn.ConvTranspose1d(2, 3, 3, stride=2), numbers(5, 2, 3)),
         numbers(5, 2, 3),
         LOSSES["bce-mean"],
     ),

@@ -9,35 +9,23 @@ import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
-from synthetic_records import write_study
 
 from pipeline import (
     checkpoint,
     evidence,
-    imagefiles,
-    metrics,
-    ray_engine,
     records,
     selection,
-    settings,
-    tracking,
     trials,
     tune,
     tuning_evidence,
 )
 from pipeline.checks import ConfigError
-from pipeline.composition import compose
-from pipeline.config import load, resolve
 from pipeline.search import Dimension
 from pipeline.selection import Judged
-from pipeline.store import place
 from pipeline.trials import Choice, all_trials
-from pipeline.validation import available
 
 ROOT = Path(__file__).parents[2]
 LR = Dimension("lr", "log", (0.001, 1.0))
@@ -147,34 +135,6 @@ def test_without_a_trial_that_reached_a_target_there_is_nothing_to_expect() -> N
 
 
 # ---------------------------------------------------------------- records and evidence
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[trials.Pair, list[trials.Trial]], Path]:
-    """Two trials of SGD, which miss the targets, and of K-FAC, whose second is the quicker, and their records."""
-    folder = tmp_path_factory.mktemp("recorded")
-    asked = all_trials(Choice(("toy_linear",), ("sgd", "kfac"), 2, (1000,)), {})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "FOLDER", folder / "trials")
-        for trial in [trial for of in asked.values() for trial in of]:
-            compose(folder / "params.yaml", list(trial.overrides))
-            write_study(folder / "results", load(folder / "params.yaml"))
-            if trial.number == 2:
-                summary = folder / "results" / "toy_linear" / trial.optimizer / "seed-1000" / "summary.json"
-                found = json.loads(summary.read_text())
-                summary.write_text(json.dumps(found | {"hard_seconds": 0.5 * (found["hard_seconds"] or 0.0)}))
-            trial.keep(folder / "results")
-    return asked, folder / "trials"
-
-
-@pytest.fixture
-def tuned(
-    recorded: tuple[dict[trials.Pair, list[trials.Trial]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[trials.Pair, list[trials.Trial]]:
-    """The same, for the test to change."""
-    shutil.copytree(recorded[1], tmp_path / "trials")
-    monkeypatch.setattr(trials, "FOLDER", tmp_path / "trials")
-    return recorded[0]
 
 
 def test_a_record_is_found_if_it_is_whole_and_of_the_very_configuration(
@@ -360,204 +320,3 @@ def test_without_records_a_trial_is_estimated_by_the_budget_of_all_its_seeds(
     [[trial]] = all_trials(Choice(("toy_linear",), ("sgd",), 1, (1000, 1001, 1002)), {}).values()
     monkeypatch.setattr("pipeline.composition.ROOT", tmp_path)
     assert tune._seconds("toy_linear", [replace(trial, run=replace(trial.run, seconds=budget))]) == seconds
-
-
-class FakeRay:
-    """Ray as far as the engine calls it: a task brings `files`, but for the first times that `lost` has of it."""
-
-    class exceptions:
-        RayError, RayTaskError = OSError, RuntimeError
-
-    def __init__(self, files: dict[str, dict[str, bytes]], lost: dict[str, int]) -> None:
-        self.files, self.lost, self.given = files, lost, itertools.count()
-
-    def remote(self, **options: Any) -> Any:
-        return lambda function: SimpleNamespace(
-            options=lambda name: SimpleNamespace(remote=lambda *_: self._give(name))
-        )
-
-    def _give(self, name: str) -> tuple[str, int]:
-        return name, next(self.given)
-
-    def wait(self, tasks: list[Any]) -> Any:
-        return tasks[:1], tasks[1:]
-
-    def get(self, task: tuple[str, int]) -> dict[str, bytes]:
-        if self.lost[task[0]]:
-            self.lost[task[0]] -= 1
-            raise OSError("the worker died")
-        return self.files[task[0]]
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {}
-
-    def shutdown(self) -> None: ...
-
-
-def taken(of: list[trials.Trial]) -> dict[str, dict[str, bytes]]:
-    """Take the records of these trials away: what their tasks bring, by name."""
-    files = {}
-    for trial in of:
-        folder = trial.folder / "seed-1000"
-        pair = f"{trial.benchmark}/{trial.optimizer}"
-        files[trial.name] = {f"{pair}/seed-1000/{path.name}": path.read_bytes() for path in folder.iterdir()}
-        shutil.rmtree(trial.folder)
-    return files
-
-
-def test_with_ray_a_trial_without_records_is_asked_for_again_three_times_at_most(
-    tuned: dict[trials.Pair, list[trials.Trial]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    of = [*tuned["toy_linear", "sgd"], tuned["toy_linear", "kfac"][0]]
-    files = taken(of)
-    ray = FakeRay(files, dict(zip(files, (0, 1, 9), strict=True)))
-    monkeypatch.setattr(ray_engine, "_connect", lambda workers: ray)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")  # the nodes' runs are there already
-    over: list[trials.Trial] = []
-    asked = ray_engine.train(of, 1, over.append)
-    assert [asked[trial.name] for trial in of] == [1, 2, 3] and over == of[:2]
-    assert [trial.records() is not None for trial in of] == [True, True, False]
-    assert capsys.readouterr().err.count("the worker died") == 1 + 3
-
-
-def test_records_that_cannot_be_kept_end_a_tuning_in_one_line(
-    tuned: dict[trials.Pair, list[trials.Trial]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    files = taken(tuned["toy_linear", "sgd"])
-    monkeypatch.setattr(ray_engine, "_connect", lambda workers: FakeRay(files, dict.fromkeys(files, 0)))
-    monkeypatch.setattr("pipeline.recover.Recovery.needed", lambda self: False)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    no_folder = tmp_path / "no folder"
-    no_folder.touch()
-    monkeypatch.setattr(trials, "FOLDER", no_folder)
-    words = "--benchmarks toy_linear --optimizers sgd --trials 2 --seeds 1000 --engine ray"
-    with pytest.raises(SystemExit) as end:
-        tune.main(words.split())
-    [line] = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith(f"error: {no_folder}/toy_linear/sgd/")
-    assert line.endswith("/seed-1000: Not a directory; the same command goes on")
-
-
-@pytest.mark.parametrize("address", [None, "sqlite:///mlflow.db"])
-def test_with_ray_a_store_that_is_a_file_gets_its_runs_on_this_machine(
-    address: str | None, root: Path, tuned: dict[trials.Pair, list[trials.Trial]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if address:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    [trial, _] = tuned["toy_linear", "sgd"]
-    ray = FakeRay(taken([trial]), {trial.name: 0})
-    monkeypatch.setattr(ray_engine, "_connect", lambda workers: ray)
-    ray_engine.train([trial], 1, lambda _: None)
-    store = tracking.Store()
-    runs = [run for experiment in store.experiments() for run in store.runs(experiment.experiment_id)]
-    assert [run.data.tags["records"] for run in runs] == [metrics.records_hash(trial.folder / "seed-1000")]
-
-
-@pytest.mark.parametrize("settings", [(), ("image_folder=images",)], ids=["IMAGE_FOLDER", "image_folder"])
-def test_relative_paths_are_the_same_on_a_node_of_ray(
-    settings: tuple[str, ...], root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    [[trial]] = all_trials(Choice(("toy_linear",), ("sgd",), 1, (1000,), settings=settings), {}).values()
-    for name in ("images", "node"):
-        (root / name).mkdir()
-    monkeypatch.setenv("IMAGE_FOLDER", "" if settings else "images")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
-    params = ray_engine._params(trial)
-    assert ray_engine._variables(trial, params)["MLFLOW_TRACKING_URI"] == "http://host:5000"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    variables = {**ray_engine._variables(trial, params), "DVC_ROOT": str(root / "node")}
-    (root / "node" / "params.yaml").write_text(params)
-    monkeypatch.chdir(root / "node")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert imagefiles.image_folder() == root / "images"
-    assert place().database == root / "node" / "mlflow.db"  # from where its runs come here as records
-
-
-# ---------------------------------------------------------------- settings
-
-
-@pytest.fixture
-def conf(tmp_path: Path) -> Path:
-    shutil.copytree(ROOT / "pipeline" / "conf", tmp_path / "conf")
-    return tmp_path / "conf"
-
-
-@pytest.mark.parametrize("optimizer", available("optimizer"))
-def test_a_written_setting_holds_for_its_benchmark_alone_and_comments_stay(conf: Path, optimizer: str) -> None:
-    file, yaml = conf / "optimizer" / f"{optimizer}.yaml", YAML(typ="safe", pure=True)
-    before, text = yaml.load(file), file.read_text()
-    name = "relative_damping" if "kfac" in optimizer else "lr"
-    fields = {
-        (optimizer, name): (0.0123, None),
-        (optimizer, "training", "schedule"): ("cosine", None),
-        (optimizer, "eps"): (1e-6, 1e-8),
-    }
-    assert settings.write(file, "toy_mlp", fields)
-    after = yaml.load(file)
-    old = before[optimizer][name]
-    others = {k: v for k, v in old.items() if k != "toy_mlp"} if isinstance(old, dict) else {"default": old}
-    assert after[optimizer][name] == others | {"toy_mlp": 0.0123}
-    assert after[optimizer]["training"]["schedule"] == {"default": None, "toy_mlp": "cosine"}
-    old = before[optimizer].get("eps", 1e-8)
-    others = {k: v for k, v in old.items() if k != "toy_mlp"} if isinstance(old, dict) else {"default": old}
-    assert after[optimizer]["eps"] == others | {"toy_mlp": 1e-6}
-    touched = (name, "eps", "training")
-    assert {k: v for k, v in after[optimizer].items() if k not in touched} == {
-        k: v for k, v in before[optimizer].items() if k not in touched
-    }
-    comments = [line.partition("#")[2].strip() for line in text.splitlines() if "#" in line]
-    assert all(comment in file.read_text() for comment in comments)
-    assert max(map(len, file.read_text().splitlines())) <= 130
-    assert not settings.write(file, "toy_mlp", fields)
-
-
-def test_what_was_written_is_what_a_run_resolves_to(conf: Path, tmp_path: Path) -> None:
-    file = conf / "optimizer" / "adam.yaml"
-    settings.write(file, "digits_cnn", {("adam", "betas"): ([0.95, 0.98], None), ("adam", "lr"): (0.02, None)})
-    values = YAML(typ="safe", pure=True).load(file)["adam"]
-    compose(tmp_path / "before.yaml", ["optimizer=adam"])
-    params = load(tmp_path / "before.yaml")
-    after = type(params)(**{**vars(params), "optimizers": {"adam": values}})
-    assert resolve(after, "digits_cnn", "adam").options["betas"] == [0.95, 0.98]
-    for name in ("toy_linear", "digits_autoencoder"):
-        assert resolve(after, name, "adam") == resolve(params, name, "adam")
-
-
-@pytest.mark.parametrize(
-    ("dimension", "side", "ends"),
-    [
-        (LR, "high", (0.001, 31.6)),
-        (LR, "low", (3.16e-05, 1.0)),
-        (Dimension("max_decrease", "log", (0.1, 0.9)), "high", (0.1, 1.0)),
-        (Dimension("max_decrease", "log", (0.1, 1.0)), "high", (0.1, 1.0)),
-        (Dimension("momentum", "linear", (0.8, 0.98)), "high", (0.8, 0.99)),
-        (Dimension("momentum", "linear", (0.2, 0.8)), "low", (0.0, 0.8)),
-        (Dimension("rest.lr", "log", (0.001, 0.1)), "high", (0.001, 1.0)),
-    ],
-)
-def test_a_range_widens_by_half_of_itself_as_far_as_its_values_are_allowed(
-    dimension: Dimension, side: str, ends: tuple[float, float]
-) -> None:
-    assert tune._allowed(dimension.field, dimension.ends, dimension.widened(side)) == pytest.approx(ends, rel=0.01)
-
-
-def test_ranges_widen_where_the_last_tuning_ended_at_an_edge_and_only_once(
-    conf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(tune, "CONF", conf)
-    monkeypatch.setattr(trials, "SEARCH", conf / "search")
-    choice = Choice(("toy_linear", "toy_mlp"), ("sgd",), 2, (1000,))
-    best = {"values": {"lr": 2.9}, "edge": ["lr: high"]}
-    before = {("toy_linear", "sgd"): {"ranges": {"lr": [0.003, 3.0]}, "trials": [best], "chosen": best["values"]}}
-    assert tune.widen(all_trials(choice, {}), before, dry=True)
-    assert all_trials(choice, {})["toy_linear", "sgd"][0].space[0].ends == (0.003, 3.0)
-    assert tune.widen(all_trials(choice, {}), before, dry=False)
-    assert "search.sgd.lr of toy_linear: [0.003, 3.0] is now [0.003, 94.9]" in capsys.readouterr().out
-    asked = all_trials(choice, {})
-    assert asked["toy_linear", "sgd"][0].space[0].ends == (0.003, 94.9)
-    assert asked["toy_mlp", "sgd"][0].space[0].ends == (0.003, 3.0)
-    assert not tune.widen(asked, before, dry=False)
