@@ -317,7 +317,7 @@ def _moments(
 
 def _for_model(taken: Rows, batch: Batch, many: bool) -> Rows:
     """What the quadratic model keeps."""
-    return (rows.quarter(taken) if many else taken).kept(batch)
+    return (rows.eighth(taken) if many else taken).kept(batch)
 
 
 def _here(device: torch.device) -> bool:

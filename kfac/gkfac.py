@@ -23,7 +23,7 @@ from .state import BlockState
 if TYPE_CHECKING:
     from .curvature import Curvature
 
-LARGEST_STRIDE = 4  # of so many examples in a row at least one has a part in the coarse curvature
+LARGEST_STRIDE = 8  # of so many examples in a row at least one has a part in the coarse curvature
 
 
 class TwoLevelMethod(KroneckerMethod):
@@ -261,7 +261,7 @@ class TwoLevelMethod(KroneckerMethod):
 
 
 def _thinned(parts: list[Rows], finite: Tensor) -> list[Rows]:
-    """One example of every s in a row over all batches, with what it stands for; s <= 4, and `MODEL_ROWS` are left.
+    """One example of every s in a row over all batches, with what it stands for; s <= 8, and `MODEL_ROWS` are left.
 
     Zeros unless `finite`.
     """
@@ -318,8 +318,8 @@ class GKFAC(KroneckerOptimizer):
         coarse_fisher: "exact": inner products of each example. "kronecker": sums of cross-layer factors as in arXiv
             2011.00573, for the constant space; only in E.
 
-    F is that of the last statistics step, of all examples up to 499, then of one in two, from 750 of one in three, from
-    1000 of one in four.
+    F is that of the last statistics step, of all examples up to 249, then of one in two, from 375 of one in three, and
+    so on to one in eight from 1000 on.
 
     `stats` has, by this F, `coarse_gain`, the decrease of the quadratic model 1/2 x^T C x - g^T x from K-FAC's x to the
     solution, and `coarse_residual`, the norm of R0 (g - C solution) over that of R0 (g - C x): 0 for "deflated" and

@@ -2,6 +2,9 @@
 
 Losses of independent output numbers (`Elementwise`) know the second derivative h and the slope of each; those of
 classes share how weights, ignored targets and positions enter. Everywhere reduction and weights multiply l with c.
+
+A sampled vector is a root of H times random signs. The slope at a target drawn from the network's own distribution has
+the same second moment, but where a probability p is small it shows that once in 1/p draws only.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Elementwise:
     ) -> Iterator[Tensor]:
         root = (self._hessian(output, target) * self._coefficient(output) / samples).sqrt()
         for _ in range(samples):
-            yield _normal(root, generator)
+            yield root * _signs(root, generator)
 
     def empirical(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
         yield self._slope(output, target) * self._coefficient(output).sqrt()
@@ -91,15 +94,6 @@ class BinaryCrossEntropy(_Bernoulli):
     def _slope(self, output: Tensor, target: Tensor) -> Tensor:
         p, weight = output.sigmoid(), self.criterion.pos_weight
         return p * (1 - target) - (1 - p) * target * (1.0 if weight is None else weight)
-
-    def sampled(
-        self, output: Tensor, target: Tensor | None, samples: int, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        p = output.sigmoid()
-        root = (self._coefficient(output) * self._positive(target) / samples).sqrt()
-        for _ in range(samples):
-            uniform = torch.rand(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-            yield (p - (uniform < p).to(output.dtype)) * root
 
 
 class BinaryProbabilities(_Bernoulli):
@@ -178,8 +172,8 @@ class Gaussian:
         of_mean, of_var = self._roots(output)
         scale = samples**-0.5
         for _ in range(samples):
-            drawn = _normal(of_mean, generator) * scale
-            yield drawn, None if of_var is None else _normal(of_var, generator) * scale
+            drawn = of_mean * _signs(of_mean, generator) * scale
+            yield drawn, None if of_var is None else of_var * _signs(of_var, generator) * scale
 
     def empirical(self, output: tuple[Tensor, Any], target: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         mean, var = output
@@ -253,16 +247,9 @@ class CrossEntropy:
         self, output: Tensor, target: Tensor | None, samples: int, generator: torch.Generator
     ) -> Iterator[Tensor]:
         logits = _classes_last(output)
-        root = (self._coefficient(logits, target) / samples).sqrt()[..., None]
-        probability = logits.softmax(-1)
-        cumulative = probability.cumsum(-1)
+        scale, q = (self._coefficient(logits, target) / samples).sqrt()[..., None], logits.softmax(-1).sqrt()
         for _ in range(samples):
-            # Inverse transform sampling, cheaper than torch.multinomial; rounding leaves the sum only near 1.
-            uniform = torch.rand(logits[..., :1].shape, generator=generator, device=logits.device, dtype=logits.dtype)
-            label = (cumulative < uniform * cumulative[..., -1:]).sum(-1, keepdim=True)
-            label = label.clamp_(max=logits.shape[-1] - 1)
-            drawn = self._constant_slope(probability).scatter_add(-1, label, -torch.ones_like(uniform))
-            yield _restored(drawn * root, output)
+            yield _restored(self._drawn(q, _signs(q, generator)) * scale, output)
 
     def empirical(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
         logits = _classes_last(output)
@@ -283,6 +270,18 @@ class CrossEntropy:
         vector = -scaled * probability
         vector[..., k] += scaled[..., 0]
         return vector
+
+    def _drawn(self, q: Tensor, signs: Tensor) -> Tensor:
+        """A root of H times random signs, from q = sqrt(p) [..., C].
+
+        H = diag(q) (I - q q^T) diag(q), and the first C - 1 columns of a reflection that takes the last axis to -q are
+        a root of I - q q^T. So with two classes a draw is exact, and with equal ones its length is.
+        """
+        signs[..., -1] = 0
+        share = (q * signs).sum(-1, keepdim=True) / (1 + q[..., -1:])
+        reflected = signs - share * q
+        reflected[..., -1:] -= share
+        return q * reflected
 
     def _constant_slope(self, probability: Tensor) -> Tensor:
         """The part of dl/df [..., C] that is the same for every label y; the other is -e_y."""
@@ -321,14 +320,16 @@ class LogProbabilities(CrossEntropy):
     """A categorical distribution by its log-probabilities f = log p. Criterion `nn.NLLLoss`.
 
     l = -f_y is linear in f, so its own Hessian is 0: H is the Fisher information E e_y e_y^T = diag(p). Behind a
-    log-softmax this makes the curvature of `nn.CrossEntropyLoss` on what the log-softmax was given. Drawn vectors -e_y
-    have mean -p, which nothing that keeps sum_k exp(f_k) = 1 lets through: positions stay independent.
+    log-softmax this makes the curvature of `nn.CrossEntropyLoss` on what the log-softmax was given.
     """
 
     def _column(self, scaled: Tensor, probability: Tensor, k: int) -> Tensor:
         vector = torch.zeros_like(probability)
         vector[..., k] = scaled[..., 0]
         return vector
+
+    def _drawn(self, q: Tensor, signs: Tensor) -> Tensor:
+        return q * signs
 
     def _constant_slope(self, probability: Tensor) -> Tensor:
         return torch.zeros_like(probability)
@@ -352,9 +353,14 @@ def _one_by_one(root: Tensor) -> Iterator[Tensor]:
         yield vector.reshape(root.shape)
 
 
-def _normal(root: Tensor, generator: torch.Generator) -> Tensor:
-    """A vector of independent normal numbers with standard deviation root."""
-    return root * torch.randn(root.shape, generator=generator, device=root.device, dtype=root.dtype)
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent random signs, of the shape and dtype of `like`; one draw of 64 bits gives 64 of them."""
+    count, device = like.numel(), like.device
+    words = torch.empty(-(-count // 64), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=generator)
+    place = torch.ones(8, dtype=torch.uint8, device=device) << torch.arange(8, dtype=torch.uint8, device=device)
+    bits = (place[:, None] & words.view(torch.uint8)).view(-1)[:count].reshape(like.shape)
+    return bits.ne_(0).to(like.dtype).mul_(2).sub_(1)
 
 
 def _classes_last(output: Tensor) -> Tensor:

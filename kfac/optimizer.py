@@ -54,7 +54,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             `warmup` steps; 0.3 keeps classifiers from exploding.
         max_growth: largest ratio of the step size to its own running mean; against single batches that show no
             curvature.
-        fisher: "exact", "sampled", "empirical", or "auto": exact up to 16 output numbers of an example, sampled beyond.
+        fisher: "exact", "sampled" (vectors drawn at random, the same in expectation), "empirical", or "auto": exact up
+            to 16 output numbers of an example, sampled beyond.
             Sampled factors of a large batch are of a part of it: so much that the running averages hold 5,000 examples
             (250 of a batch with `stat_decay=0.95`). Where rows of all exact vectors would fill 512 MiB, those that
             E-KFAC and two-level K-FAC keep are of one vector for each example, with the same curvature in expectation.

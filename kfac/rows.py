@@ -193,12 +193,12 @@ def _differs(a: Tensor | Unwritten) -> bool:
     return len(a.shape) == 5
 
 
-def quarter(rows: Rows) -> Rows:
-    """A quarter of the examples, at least `MODEL_ROWS`, scaled to stand for all."""
+def eighth(rows: Rows) -> Rows:
+    """An eighth of the examples, at least `MODEL_ROWS`, scaled to stand for all."""
     layers: dict[Block, tuple[Tensor | Unwritten, Tensor]] = {}
     for block, (a, g) in rows.layers.items():
         examples = a.shape[1]
-        kept = min(examples, max(examples // rows.vectors // 4, MODEL_ROWS) * rows.vectors)
+        kept = min(examples, max(examples // rows.vectors // 8, MODEL_ROWS) * rows.vectors)
         if kept < examples:
             a, g = (
                 a.part(0, kept) if isinstance(a, Unwritten) else a[:, :kept],
