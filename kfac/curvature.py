@@ -37,7 +37,7 @@ from .rows import row_products
 from .state import BlockState, LayerCurvature
 
 SAVED = {"steps", "scalars", "dampings", "generators", "blocks", "layers", "kind", "method", "later"}  # of a state
-AVERAGED_EXAMPLES = 5_000  # that a running average of sampled curvature holds before batches are thinned
+AVERAGED_EXAMPLES = 2_500  # that a running average of sampled curvature holds before batches are thinned
 
 
 class Curvature:

@@ -56,8 +56,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             curvature.
         fisher: "exact", "sampled" (vectors drawn at random, the same in expectation), "empirical", or "auto": exact up
             to 16 output numbers of an example, sampled beyond.
-            Sampled factors of a large batch are of a part of it: so much that the running averages hold 5,000 examples
-            (250 of a batch with `stat_decay=0.95`). Where rows of all exact vectors would fill 512 MiB, those that
+            Sampled factors of a large batch are of a part of it: so much that the running averages hold 2,500 examples
+            (125 of a batch with `stat_decay=0.95`). Where rows of all exact vectors would fill 512 MiB, those that
             E-KFAC and two-level K-FAC keep are of one vector for each example, with the same curvature in expectation.
         fisher_samples: vectors drawn for an example when sampling.
         stat_decay: running average of the factors; None is 0.8 when self-tuning and 0.95 with `lr`.
