@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROW = 64  # bytes to which rows are aligned, a cache line
+
 
 def diagonal(matrix: Tensor) -> Tensor:
     """The diagonal [K, d] of a factor."""
@@ -20,12 +22,27 @@ def apply(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
         matrix = left[..., None] * matrix if left.dim() == 2 else _product(left, matrix)
     if right is not None:
         matrix = matrix * right[:, None] if right.dim() == 2 else _product(matrix, right)
-    return matrix
+    return matrix.contiguous()
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right; a batch of one as a plain product, for a batched one copies bfloat16 of odd sizes."""
-    return (left[0] @ right[0])[None] if len(left) == len(right) == 1 else left @ right
+    if not len(left) == len(right) == 1:
+        return left @ right
+    out = aligned(left, 1, left.shape[1], right.shape[2])
+    torch.mm(left[0], right[0], out=out[0])
+    return out
+
+
+def aligned(like: Tensor, *shape: int) -> Tensor:
+    """An empty tensor for a product to be written to, on a CPU with rows that start at multiples of 64 bytes.
+
+    Without, a width of 785, pixels and a bias, makes a product in float32 take 1.15 times as long (in bfloat16 not).
+    """
+    if like.device.type != "cpu" or like.itemsize < 4:
+        return like.new_empty(shape)
+    width = -(-shape[-1] * like.itemsize // ROW) * ROW // like.itemsize
+    return like.new_empty(*shape[:-1], width)[..., : shape[-1]]
 
 
 def balance(a: Tensor, g: Tensor) -> Tensor:
@@ -51,13 +68,13 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.dim() == 2:
         inverse = 1 / (matrix + damping[:, None])
         return inverse, inverse.isfinite().all(-1) & (inverse > 0).all(-1)
-    inverse = matrix.clone()
+    inverse = aligned(matrix, *matrix.shape).copy_(matrix)
     inverse.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
     if inverse.device.type == "cpu" and inverse.shape[-1] > WHOLE:
         good = torch.stack([_invert_by_quarters(one) for one in inverse])
     else:
         good = _invert(inverse)
-    return inverse, good & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    return inverse.contiguous(), good & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
 
 
 def _invert(matrix: Tensor) -> Tensor:

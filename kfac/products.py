@@ -10,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from .linalg import aligned
+
 BLOCK = 512  # rows of a block of a symmetric product: large enough for a fast product, small enough to skip a third
 
 
@@ -19,7 +21,7 @@ def gram(x: Tensor, weights: Tensor | None = None) -> Tensor:
     d = x.shape[-1]
     if min(d, x.shape[-2]) <= BLOCK:
         return x.mT @ weighted
-    out = x.new_empty(len(x), d, d)
+    out = aligned(x, len(x), d, d)
     for one, left, right in zip(out, x, weighted, strict=True):
         for first in range(0, d, BLOCK):
             last = min(first + BLOCK, d)
