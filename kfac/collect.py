@@ -79,6 +79,11 @@ class Collector:
         shares, count, *_ = self._sums_of_weights() if self._totals is None else self._totals.unbind()
         return shares if self.mean else shares / count
 
+    def factor(self) -> Tensor:
+        """What the loop multiplied the criterion's values by, as one number: 1 for a mean over micro-batches too."""
+        shares, count, *_ = self._sums_of_weights().unbind()
+        return shares if self.mean else shares / count
+
     def loss(self) -> Tensor:
         """The criterion's value over all batches."""
         return (self._sums_of_weights() if self._totals is None else self._totals)[2] / self.norm()
@@ -278,10 +283,17 @@ class Collector:
     def _flipped(self, batch: Batch, vector: Any) -> Any:
         """A vector times a random sign for each entry of the batch."""
         n, generator = batch.size, self.generator(batch.calls[0].input.device)
-        sign = torch.rand(n, generator=generator, device=generator.device).round() * 2 - 1
+
+        def signs(count: int) -> Tensor:
+            return torch.rand(count, generator=generator, device=generator.device).round() * 2 - 1
+
+        sign = signs(n)
 
         def flip(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part * sign.to(part.dtype).reshape(n, *[1] * (part.dim() - 1))
+            if part is None:
+                return None
+            own = sign if part.shape[0] == n else signs(1)  # a variance for all entries alike has one of its own
+            return part * own.to(part.dtype).reshape(-1, *[1] * (part.dim() - 1))
 
         return tuple(flip(part) for part in vector) if isinstance(vector, tuple) else flip(vector)
 

@@ -33,10 +33,11 @@ from .method import Method
 from .options import value_at
 from .parts import worth_joining
 from .precision import rounded_products
-from .rows import row_products
+from .rows import MODEL_ROWS, row_products
 from .state import BlockState, LayerCurvature
 
 SAVED = {"steps", "scalars", "dampings", "generators", "blocks", "layers", "kind", "method", "later"}  # of a state
+SMALLEST_LOSS_SCALE = 256  # of a GradScaler; a smaller factor on the loss is taken for the user's own
 AVERAGED_EXAMPLES = 2_500  # that a running average of sampled curvature holds before batches are thinned
 
 
@@ -92,7 +93,7 @@ class Curvature:
         self.base_damping: Tensor | None = None
         self.dampings: dict[Block, Tensor] = {}
         loss = compiling.unwrapped(loss) if isinstance(loss, nn.Module) else loss
-        enough = max(1, round(AVERAGED_EXAMPLES * (1 - stat_decay)))
+        enough = max(MODEL_ROWS, round(AVERAGED_EXAMPLES * (1 - stat_decay)))
         rounds = method.dtype == torch.bfloat16
         self.collector = Collector(loss, fisher, fisher_samples, generator, method.keeps_rows, enough, rounds)
         self._owner = owner
@@ -101,6 +102,7 @@ class Curvature:
         self._warned: set[str] = set()
         self._pending: list[Later] = []  # whether steps that renewed something were finite
         self._failures: list[tuple[list[Block], Later]] = []  # which inverses failed
+        self._factor: Later | None = None  # of the first loss
         weak = weakref.WeakMethod(self._receive)
         arguments = getattr(self.collector.curvature, "arguments", ((0, "input"),))
         self._capture = Capture(model, loss, self.blocks, lambda batch: _call(weak, batch), arguments)
@@ -176,8 +178,29 @@ class Curvature:
                 "loss: the object given was not the one called before this step, and without lr= the step needs its "
                 "value; allowed: calling that object in the loop, or lr=<number>"
             )
+        elif needs_loss:
+            self._check_factor()
         elif not self.collector.losses:
             self.warn("root", "the object given as loss= was not the one called; the model's output serves instead")
+
+    def _check_factor(self) -> None:
+        """Warn, as soon as the host knows, where the first loss of a self-tuned step was multiplied in the loop.
+
+        A GradScaler's factor is gone from the gradients before the step, and cannot be told from another; it is large.
+        """
+        if self._factor is None:
+            self._factor = Later(self.collector.factor(), self.step)
+        if "factor" in self._warned or not self._factor.known(self.step, self.distributed):
+            return
+        factor: Any = self._factor.value().tolist()
+        if abs(factor - 1) > 0.01 and abs(factor) < SMALLEST_LOSS_SCALE:
+            self.warn(
+                "factor",
+                f"the loop multiplied the criterion's values by {factor:.4g} in all, of which the curvature knows "
+                "nothing; allowed without lr=: a mean over micro-batches (1/k each), a GradScaler; another factor "
+                "belongs into the criterion",
+            )
+        self._warned.add("factor")
 
     def knows(self, block: Block) -> bool:
         """Whether statistics of a block have arrived, at this step or before."""

@@ -63,7 +63,9 @@ def find_blocks(
     }
 
     def trainable(parameter: nn.Parameter | None) -> bool:
-        return parameter is not None and parameter.requires_grad and id(parameter) not in first_order
+        if parameter is None or parameter.dtype.is_complex:
+            return False
+        return parameter.requires_grad and id(parameter) not in first_order
 
     blocks: list[Block] = []
     taken: set[int] = set()
@@ -121,6 +123,8 @@ def without_block(model: nn.Module, blocks: Iterable[Block]) -> dict[str, str]:
         kind = type(owner).__name__
         if id(owner) in hidden or isinstance(owner, _BLIND):
             reasons[name] = f"no hook sees where {kind} uses it"
+        elif parameter.dtype.is_complex:
+            reasons[name] = "it is complex"
         elif isinstance(owner, ParametrizationList):
             reasons[name] = "it is the parametrization of another tensor"
         elif len(owners[id(parameter)]) > 1:

@@ -318,8 +318,8 @@ class GKFAC(KroneckerOptimizer):
         coarse_fisher: "exact": inner products of each example. "kronecker": sums of cross-layer factors as in arXiv
             2011.00573, for the constant space; only in E.
 
-    F is that of the last statistics step, of all examples up to 249, then of one in two, from 375 of one in three, and
-    so on to one in eight from 1000 on.
+    F is that of the last statistics step. Of the examples that its factors are of, all have a part in it up to 249,
+    then one in two, from 375 on one in three, and so on to one in eight from 1000 on.
 
     `stats` has, by this F, `coarse_gain`, the decrease of the quadratic model 1/2 x^T C x - g^T x from K-FAC's x to the
     solution, and `coarse_residual`, the norm of R0 (g - C solution) over that of R0 (g - C x): 0 for "deflated" and

@@ -35,7 +35,8 @@ def split(
     """All groups of an optimizer: the default Kronecker group, the given ones, and the first-order ones at the end.
 
     A given group keeps its parameters that belong to a block; the others go to a first-order group with its weight
-    decay. The last group has the parameters that were in no group and have no block.
+    decay, at AdamW's own rate or, where its `lr` is 0, at none. The last group has the parameters that were in no group
+    and have no block.
 
     Raises:
         ValueError: for a key that a group cannot have, or a parameter that is not the model's or is given twice.
@@ -63,8 +64,10 @@ def split(
         if with_block:
             kronecker.append({**settings, "params": _named(with_block, names)})
         if without:
+            adamw = fallback.group(_named(without, names))
             decay = {"weight_decay": settings["weight_decay"]} if "weight_decay" in settings else {}
-            first_order.append({**fallback.group(_named(without, names)), **decay})
+            rate = {"lr": 0.0} if settings.get("lr") == 0 else {}
+            first_order.append({**adamw, **rate, **decay})
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     own = [p for p in rest if id(p) in owned]
     other = [p for p in rest if id(p) not in owned]

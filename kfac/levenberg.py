@@ -42,8 +42,14 @@ class LevenbergMarquardt:
         if self.due():
             self._random = _random_state()
 
-    def before(self, groups: list[dict[str, Any]], state: dict) -> None:
-        """Before the step: keep what a step that is taken back restores."""
+    def before(self, value: Any, groups: list[dict[str, Any]], state: dict) -> None:
+        """Before the step: keep what a step that is taken back restores. `value` is what the closure returned.
+
+        Raises:
+            ValueError: where that is None.
+        """
+        if value is None:
+            raise ValueError("closure: it returned None with adapt_damping=True; allowed: one that returns the loss")
         parameters = [p for group in groups for p in group["params"]]
         self._parameters = [(p, p.clone(), p.grad.clone()) for p in parameters if p.grad is not None]
         # A layer's momentum is with its weight, which may be frozen while the bias moves.

@@ -84,14 +84,14 @@ def curvature_of(criterion: Any) -> Any:
     if all(hasattr(criterion, member) for member in ("outputs", "exact", "sampled", "floor")):
         return criterion
     for kind, curvature in _BUILT_IN:
-        if isinstance(criterion, kind):
+        if isinstance(criterion, kind) and type(criterion).forward is kind.forward:  # type: ignore[attr-defined]
             reduction: str = criterion.reduction  # type: ignore[attr-defined]
             if reduction not in ("mean", "sum"):
                 raise ValueError(f"loss: reduction={reduction!r}; allowed: 'mean', 'sum'")
             return curvature(criterion)
     *names, last = (kind.__name__ for kind, _ in _BUILT_IN)
     raise ValueError(
-        f"loss: {type(criterion).__name__}; allowed: an instance of {', '.join(names)} or {last}, "
+        f"loss: {type(criterion).__name__}; allowed: an instance of {', '.join(names)} or {last} with its own forward, "
         "or a module that follows the protocol of kfac.losses"
     )
 

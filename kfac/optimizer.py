@@ -24,7 +24,7 @@ from .layers import Block
 from .levenberg import LevenbergMarquardt
 from .method import Method
 from .options import Options, check_options, gradual
-from .parts import Parts, worth_joining
+from .parts import Parts, trained, worth_joining
 from .rules import FixedRule, Plan, Problem, SelfTuningRule
 from .state import LayerCurvature
 
@@ -48,7 +48,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             number or a callable of the step. It has no unit, so 0.5 serves all losses, reductions and widths (found on
             a deep autoencoder, holds on classifiers).
         weight_decay: coefficient; decoupled (Loshchilov & Hutter 2019) or, with `decoupled_weight_decay=False`, part of
-            the objective: it then enters gradient and damping.
+            the objective: it then enters gradient and damping. Always decoupled where AdamW trains.
         kl_clip: bound on lr^2 <direction, gradient> of the step really taken (fixed rule); None for no bound.
         max_decrease: largest share of the present loss that a self-tuned step may promise to gain, reached over
             `warmup` steps; 0.3 keeps classifiers from exploding.
@@ -243,7 +243,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         rest = [p.grad for group in others for p in group["params"] if p.grad is not None]
         finite = curvature.finite([*(g for layer in gradients for g in layer if g is not None), *rest])
         if seen_broken(finite):
-            curvature.stats = {"skipped": 1.0 - finite.float()}
+            broken = {name: torch.full_like(value, torch.nan) for name, value in curvature.stats.items()}
+            curvature.stats = broken | {"skipped": 1.0 - finite.float()}
             self._arm()
             return value
         owners = {b: group_of[id(b.parameters[0])] for b in self.blocks if id(b.parameters[0]) in group_of}
@@ -252,7 +253,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             if self._levenberg is None or not self._levenberg.due():
                 self._update(blocks, groups, gradients, others, finite, group_of)
             else:
-                self._levenberg.before(self.param_groups, self.state)
+                self._levenberg.before(value, self.param_groups, self.state)
                 steps = self._update(blocks, groups, gradients, others, finite, group_of)
                 self._levenberg.judge(closure, value, steps, self.state)
         curvature.finish(finite)
@@ -280,7 +281,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
         def solve(vector: list[Tensor]) -> list[Tensor]:
             directions = curvature.directions(blocks, parts.split(vector))
-            return parts.join([_trained(block, own) for block, own in zip(blocks, directions, strict=True)])
+            return parts.join([trained(block, own) for block, own in zip(blocks, directions, strict=True)])
 
         problem = Problem(
             parts,
@@ -311,7 +312,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         buffer = self.state[parameter].get("momentum_buffer")
         if buffer is None:
             return torch.zeros(block.shape, dtype=block.dtype, device=parameter.device)
-        return _trained(block, buffer)
+        return trained(block, buffer)
 
     def _part_from(self, moved: list[Block]) -> None:
         """Copy the momentum of layers that took no part: a view of all layers' would keep those in memory."""
@@ -412,12 +413,16 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """A table of the layers with their blocks, and of the parameters without one and what trains them."""
         lines = self._curvature.summary()
         for group in self.param_groups:
-            if group["first_order"]:
-                lines += [
-                    f"{self._names.get(id(p), '(added)'):32} {'AdamW':16} {'':8} {'':12} {'':12} {p.numel():11,}"
-                    for p in group["params"]
-                ]
+            for p in group["params"] if group["first_order"] else []:
+                size = "?" if nn.parameter.is_lazy(p) else f"{p.numel():,}"
+                lines.append(f"{self._names.get(id(p), '(added)'):32} {'AdamW':16} {'':8} {'':12} {'':12} {size:>11}")
         return "\n".join(lines)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        name = type(self).__name__
+        raise TypeError(
+            f"{name}: its hooks belong to one model, so it has no copy or pickle; allowed: its state_dict()"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with the curvature beside it: plain tensors and numbers, all of which the hooks see.
@@ -488,11 +493,3 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             if "momentum_buffer" in self.state.get(parameter, {}):
                 buffer = saved["state"][number_of[parameter]]["momentum_buffer"]
                 self.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, block.dtype, copy=True)
-
-
-def _trained(block: Block, matrix: Tensor) -> Tensor:
-    """A block's matrix with zeros for the parameters that have no gradient in this step, which do not move."""
-    if all(p.grad is not None for p in block.parameters):
-        return matrix
-    pairs = zip(block.parameters, block.tensors(matrix), strict=True)
-    return block.matrix([None if p.grad is None else own for p, own in pairs])

@@ -50,6 +50,10 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _floating(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value.is_floating_point
+
+
 _Range = tuple[Callable[[Any], bool], str]
 
 _INTERVAL: _Range = (
@@ -75,8 +79,8 @@ _RANGES: dict[str, _Range] = {
     "inverse_interval": _INTERVAL,
     "scale_interval": _INTERVAL,
     "preconditioning_dtype": (
-        lambda v: v is None or isinstance(getattr(torch, v, None) if isinstance(v, str) else v, torch.dtype),
-        "None, a torch.dtype or the name of one",
+        lambda v: v is None or _floating(getattr(torch, v, None) if isinstance(v, str) else v),
+        "None, a floating torch.dtype or the name of one",
     ),
     "generator": (lambda v: v is None or isinstance(v, torch.Generator), "None or a torch.Generator"),
     "groups": (

@@ -80,3 +80,11 @@ class Parts:
             sizes[part].append(math.prod(block.shape))
         pieces = [iter(part.split(own)) for part, own in zip(parts, sizes, strict=True)]
         return [next(pieces[part]).view(block.shape) for block, part in zip(self.blocks, self.of, strict=True)]
+
+
+def trained(block: Block, matrix: Tensor) -> Tensor:
+    """A block's matrix with zeros for the parameters that have no gradient in this step, which do not move."""
+    if all(p.grad is not None for p in block.parameters):
+        return matrix
+    pairs = zip(block.parameters, block.tensors(matrix), strict=True)
+    return block.matrix([None if p.grad is None else own for p, own in pairs])

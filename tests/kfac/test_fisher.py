@@ -227,6 +227,7 @@ def test_many_examples_are_stood_for_by_one_of_every_few(
     steps = []
     for enough in (10**9, count // 3):
         monkeypatch.setattr(curvature, "AVERAGED_EXAMPLES", 20 * enough)  # an average of decay 0.95 holds 20 batches
+        monkeypatch.setattr(curvature, "MODEL_ROWS", 1)
         used = truth.start(optimizer, copy := problem.copy(), damping=0.1, fisher="sampled", stat_decay=0.95)
         assert used._curvature.collector.enough == enough
         steps.append(truth.vector(truth.step(used, copy).values()))
@@ -245,6 +246,7 @@ def test_a_micro_batch_of_which_a_part_serves_counts_as_all_of_it(
     found = []
     for enough in (10**9, count):
         monkeypatch.setattr(curvature, "AVERAGED_EXAMPLES", 20 * enough)
+        monkeypatch.setattr(curvature, "MODEL_ROWS", 1)
         used = truth.start(optimizer, copy := problem.copy(), damping=0.1, fisher="sampled", stat_decay=0.95)
         for part, share in ((slice(None), 3), (slice(None), 1)):
             x, y = (z[part].repeat_interleave(share, 0) for z in (inputs if share == 3 else -2 * inputs, targets))
