@@ -138,7 +138,9 @@ def _for_each(numbers: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def _stored(inverse: Tensor, dtype: torch.dtype | None) -> Tensor:
     """An inverse in the dtype of its products, row by row: LAPACK's columns would be copied at each of them."""
-    return inverse if dtype is None else inverse.to(dtype, memory_format=torch.contiguous_format)
+    if dtype is None or dtype == inverse.dtype:
+        return inverse.contiguous()
+    return inverse.to(dtype, memory_format=torch.contiguous_format)
 
 
 def decompose(state: BlockState, damping: Tensor) -> Tensor:

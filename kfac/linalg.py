@@ -74,7 +74,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         good = torch.stack([_invert_by_quarters(one) for one in inverse])
     else:
         good = _invert(inverse)
-    return inverse.contiguous(), good & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    return inverse, good & inverse.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
 
 
 def _invert(matrix: Tensor) -> Tensor:
