@@ -19,7 +19,7 @@ def gram(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """X^T diag(weights) X of [K, R, d] and [R]: [K, d, d]; a large one by the blocks on and below the diagonal."""
     weighted = x if weights is None else x * weights[:, None]
     d = x.shape[-1]
-    if min(d, x.shape[-2]) <= BLOCK:
+    if d <= BLOCK or (x.shape[-2] <= BLOCK and x.device.type != "cpu"):
         return x.mT @ weighted
     out = aligned(x, len(x), d, d)
     for one, left, right in zip(out, x, weighted, strict=True):
