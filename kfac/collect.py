@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import distributed, losses, rows
 from .batch import Batch
+from .later import seen_one
 from .layers import Block
 from .precision import rounded_products
 from .rows import Rows
@@ -322,7 +323,9 @@ def _moments(
     stands_for: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of a a^T, how many rows that is, each of which stands for some, and the weighted sum of g g^T."""
-    new_g = rows.moment_g(block, a, g).mul_(weight)
+    new_g = rows.moment_g(block, a, g)
+    if not seen_one(weight):
+        new_g.mul_(weight)
     new_a, count = rows.moment_a(block, a, g, mask, vectors)
     return (new_a, count, new_g) if stands_for == 1 else (new_a.mul_(stands_for), count * stands_for, new_g)
 

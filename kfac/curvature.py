@@ -26,7 +26,7 @@ from .batch import Batch
 from .capture import Capture, without_autocast
 from .collect import Collector
 from .find import find_blocks, without_block
-from .later import Later, at_once
+from .later import Later, at_once, seen_one
 from .layers import Block
 from .linalg import diagonal
 from .method import Method
@@ -245,7 +245,8 @@ class Curvature:
         states = [self.states[block] for block in self.collector.sums]
         outer_a, rows, outer_g = (list(column) for column in zip(*self.collector.sums.values(), strict=True))
         torch._foreach_div_(outer_a, torch._foreach_clamp_min(rows, 1))  # nobody reads the sums again
-        torch._foreach_div_(outer_g, self.collector.norm())
+        if not seen_one(norm := self.collector.norm()):
+            torch._foreach_div_(outer_g, norm)
         counts = [state.count for state in states]
         torch._foreach_add_(counts, [finite.to(counts[0].dtype)] * len(counts))
         averages = [*(state.A for state in states), *(state.G for state in states)]

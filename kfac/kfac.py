@@ -110,13 +110,14 @@ def invert(
     inverse_g, good_g = linalg.damped_inverse(g.to(exact), damping_g.to(exact))
     good = torch.stack([one.all() for one in (good_a & good_g).split(lengths)])
     for name, factor, inverse in (("inverse_a", a, inverse_a.to(a.dtype)), ("inverse_g", g, inverse_g.to(g.dtype))):
-        known = name in states[0].solver
-        last = _cat([state.solver[name] for state in states]).to(a.dtype) if known else _identity(factor)
+        new, known = _stored(inverse, dtype), name in states[0].solver
+        last = _cat([state.solver[name] for state in states]) if known else _identity(factor)
+        last = last.to(new.dtype)
         if len(states) == 1:
-            chosen = select(good[0], inverse, last)
+            chosen = select(good[0], new, last)
         else:
-            chosen = torch.where(_for_each(good, lengths).reshape(-1, *[1] * (inverse.dim() - 1)), inverse, last)
-        for state, own in zip(states, _stored(chosen, dtype).split(lengths), strict=True):
+            chosen = torch.where(_for_each(good, lengths).reshape(-1, *[1] * (new.dim() - 1)), new, last)
+        for state, own in zip(states, chosen.split(lengths), strict=True):
             state.solver[name] = own
     jitter = torch.where(good, (jitter - 0.1).clamp_min(0), jitter.ceil() + 1)
     columns = (pi.split(lengths), damping_a.split(lengths), damping_g.split(lengths), jitter.unbind())

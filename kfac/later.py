@@ -20,6 +20,11 @@ def seen_broken(finite: Tensor) -> bool:
     return at_once(finite.device) and not finite.numpy()
 
 
+def seen_one(number: Tensor) -> bool:
+    """Whether the host sees without waiting that a number is 1, which nothing has to be multiplied by."""
+    return at_once(number.device) and bool(number.numpy() == 1)
+
+
 def select(condition: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
     """`torch.where` for a 0-dimensional condition, None for zeros; on a CPU one of the tensors itself, not a copy."""
     if at_once(condition.device):
