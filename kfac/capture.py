@@ -160,7 +160,7 @@ class Capture:
             return  # frozen, and no layer before it is trained
         if not self._forwards:  # a layer called on its own, not through the root module
             self._forwards.append(Forward(next(self._numbers)))
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else kwargs["input" if "input" in kwargs else "x"]  # x: nn.RMSNorm
         self._forwards[-1].hidden.discard(block)
         context, leaf = block.context(module, output), (x if x._base is None else x._base).is_leaf
         self._forwards[-1].calls.append(Call(block, module, x.detach(), _edge(output), output.shape, context, leaf))

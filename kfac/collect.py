@@ -77,13 +77,14 @@ class Collector:
 
     def norm(self) -> Tensor:
         """What weights are divided by, so that 1/k and an AMP scale drop out: their sum, or their mean for "sum"."""
-        shares, count, *_ = self._sums_of_weights() if self._totals is None else self._totals.unbind()
-        return shares if self.mean else shares / count
+        return self._norm_of(self._sums_of_weights() if self._totals is None else self._totals)
 
     def factor(self) -> Tensor:
         """What the loop multiplied the criterion's values by, as one number: 1 for a mean over micro-batches too."""
-        shares, count, *_ = self._sums_of_weights().unbind()
-        return shares if self.mean else shares / count
+        return self._norm_of(self._sums_of_weights())
+
+    def _norm_of(self, sums: Tensor) -> Tensor:
+        return sums[0] if self.mean else sums[0] / sums[1]
 
     def loss(self) -> Tensor:
         """The criterion's value over all batches."""

@@ -39,7 +39,7 @@ def aligned(like: Tensor, *shape: int) -> Tensor:
 
     Without, a width of 785, pixels and a bias, makes a product in float32 take 1.15 times as long (in bfloat16 not).
     """
-    if like.device.type != "cpu" or like.itemsize < 4:
+    if like.device.type != "cpu" or like.itemsize < 4 or shape[-1] <= WHOLE:
         return like.new_empty(shape)
     width = -(-shape[-1] * like.itemsize // ROW) * ROW // like.itemsize
     return like.new_empty(*shape[:-1], width)[..., : shape[-1]]

@@ -91,8 +91,8 @@ def curvature_of(criterion: Any) -> Any:
             return curvature(criterion)
     *names, last = (kind.__name__ for kind, _ in _BUILT_IN)
     raise ValueError(
-        f"loss: {type(criterion).__name__}; allowed: an instance of {', '.join(names)} or {last} with its own forward, "
-        "or a module that follows the protocol of kfac.losses"
+        f"loss: {type(criterion).__name__}; allowed: an instance of {', '.join(names)} or {last} "
+        "with that class's forward, or a module that follows the protocol of kfac.losses"
     )
 
 

@@ -156,7 +156,7 @@ class Named(nn.CrossEntropyLoss):
 
 
 def test_a_criterion_with_a_forward_of_its_own_is_not_taken_for_its_parent() -> None:
-    with pytest.raises(ValueError, match=r"loss: Focal; allowed: .* with its own forward"):
+    with pytest.raises(ValueError, match=r"loss: Focal; allowed: .* with that class's forward"):
         KFAC(network(), loss=Focal())
     KFAC(network(), loss=Named())
 
