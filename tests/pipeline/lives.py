@@ -7,6 +7,7 @@ of it can be tried.
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 from runs import a_run
 
-from pipeline import records, tracking
+from pipeline import checkpoint, records, tracking
 from pipeline.config import ConfigError, RunConfig
 from pipeline.records import is_measured
 from pipeline.train import Untracked, train
@@ -49,7 +50,8 @@ def in_child(
 ) -> BaseProcess:
     """Train a stage in the workspace `root`, in a process of its own; what it prints is in `root`/printed.
 
-    Where a claim is not about MLflow, leaving it out makes a life of seconds one of a fraction.
+    Where a claim is not about MLflow, leaving it out makes a life of seconds one of a fraction. A checkpoint is written
+    at every evaluation, also on a slow disk, where a run this short would have one.
     """
 
     results = options.pop("results", root / "results")
@@ -68,6 +70,7 @@ def in_child(
         if not tracked:
             tracking.start = lambda *_: Untracked()  # type: ignore[assignment]
             tracking.complete = lambda folder: None
+        checkpoint.SHARE = math.inf
         before()
         try:
             train(run, results, **{"checkpoint_seconds": 0.0, **options})
