@@ -24,6 +24,7 @@ from .rows import Rows
 Sums = dict[Block, tuple[Tensor, Tensor, Tensor]]  # of a a^T, how many rows that is, of g g^T times weights
 EXACT_OUTPUTS = 16  # fisher="auto": exact curvature vectors up to this many output numbers of an example
 AT_ONCE = 2**24  # numbers that exact vectors may leave at the outputs of all layers before the next ones are sent
+SMALL_PART = 2  # one of so many examples, or fewer, are sent back by themselves (chain.py)
 KEPT = 2**27  # numbers of such rows that are kept for later; beyond, one vector with random signs stands for them
 
 
@@ -148,16 +149,16 @@ class Collector:
         weight = torch.ones((), device=device, dtype=dtype) if batch.weight is None else batch.weight.to(dtype)
         mask = self.curvature.mask(output, target) if self.factors_due and hasattr(self.curvature, "mask") else None
         sampled, sums = fisher == "sampled", Sums()
-        factor_rows = model_rows = mixed = None
+        factor_rows = chosen_rows = model_rows = mixed = None
         waiting: list[list[Any]] = []
         if self.factors_due:
             vectors = self._vectors(fisher, batch, output)
+            index = rows.places(batch.size, self.enough, device) if sampled else None
             passed = None
-            if not self.keeps_rows:
-                index = rows.places(batch.size, self.enough, device) if sampled else None
+            if not self.keeps_rows or index is not None:
                 passed = self._passed(batch, vectors, weight, many, self.model_due and sampled, factors=(mask, index))
             if passed is not None:
-                sums, model_rows = passed
+                sums, model_rows, chosen_rows = passed
             else:
                 size = sum(call.size for call in batch.calls)
                 if fisher == "exact" and len(vectors) > 1:
@@ -199,6 +200,8 @@ class Collector:
                 floor.to(dtype) if isinstance(floor, Tensor) else weight.new_full((), 0.0 if floor is None else floor)
             )
         self._add(sums)
+        if chosen_rows is not None:
+            self.factor_rows.append(chosen_rows.kept(batch))
         if factor_rows is not None:
             stands_for = 1.0
             if sampled and factor_rows.layers and factor_rows.vectors == 1:
@@ -226,31 +229,52 @@ class Collector:
         many: bool,
         model: bool = True,
         factors: tuple[Tensor | None, Tensor | None] | None = None,
-    ) -> tuple[Sums, Rows | None] | None:
-        """What a single vector leaves: rows for the model and sums for the factors, made while it passes the layers.
+    ) -> tuple[Sums, Rows | None, Rows | None] | None:
+        """What a single vector leaves, made while it passes the layers: sums for the factors, rows for the model, and
+        where `keeps_rows` those of the factors.
 
-        So the gradients of one layer are there at a time, not those of all. `factors` are a mask and the places of the
-        examples that serve, None where no sums are needed. None is returned for several vectors, and where the rows of
-        a layer depend on other calls.
+        So the gradients of one layer are there at a time, not those of all; and where a small part of the examples is
+        enough and the graph allows it, those of that part alone. `factors` are a mask and the places of the examples
+        that serve, None where no sums are needed. None is returned for several vectors, and where the rows of a layer
+        depend on other calls.
         """
         if len(vectors) != 1:
             return None
         mask, index = factors if factors is not None else (None, None)
-        mask = rows.thinned_mask(mask, batch.size, index)
-        sums, kept = Sums(), {}
+        n, device = batch.size, batch.calls[0].input.device
+        mask, stands_for = rows.thinned_mask(mask, n, index), rows.stands_for(n, index)
+        first = rows.an_eighth(n) if many else n  # the examples that the model keeps
+        sums, kept, own_rows = Sums(), {}, {}
 
-        def take(block: Block, a: Any, g: Tensor) -> None:
+        def take(block: Block, a: Any, g_first: Tensor, g_chosen: Tensor) -> None:
             if model:
-                kept.update(_for_model(Rows({block: (a, g)}, weight), batch, many).layers)
+                own = rows.first(a, first), rows.scaled(g_first, n / first)
+                kept.update(Rows({block: own}, weight).kept(batch).layers)
             if factors is not None:
-                stands_for = rows.stands_for(batch.size, index)
-                sums[block] = _moments(block, *rows.thinned(a, g, index), mask, weight, stands_for=stands_for)
+                own = rows.chosen(a, index), rows.scaled(g_chosen, stands_for)
+                sums[block] = _moments(block, *own, mask, weight, stands_for=stands_for)
+                if self.keeps_rows:
+                    own_rows[block] = own
 
-        if not rows.pass_back(batch, vectors[0], self.ends, take):
+        split = first if model else 0
+
+        def arrived_some(block: Block, a: Any, g: Tensor) -> None:
+            take(block, a, g[:, :, :split], g[:, :, split:])
+
+        def arrived(block: Block, a: Any, g: Tensor) -> None:
+            take(block, a, g[:, :, :first], g if index is None else g[:, :, index])
+
+        sent, needed = False, split + (0 if factors is None else n if index is None else len(index))
+        if SMALL_PART * needed <= n:
+            some = torch.arange(split, device=device)
+            some = some if index is None else torch.cat([some, index])
+            sent = rows.pass_back_some(batch, vectors[0], some, arrived_some)
+        if not (sent or rows.pass_back(batch, vectors[0], self.ends, arrived)):
             return None
         called = [call.block for call in batch.calls]  # a vector passes them in another order
         taken = Rows({block: kept[block] for block in called if block in kept}, weight) if model else None
-        return {block: sums[block] for block in called if block in sums}, taken
+        chosen = Rows({block: own_rows[block] for block in called if block in own_rows}, weight)
+        return {block: sums[block] for block in called if block in sums}, taken, chosen if self.keeps_rows else None
 
     def _vectors(self, fisher: str, batch: Batch, output: Any) -> list[Tensor]:
         if fisher == "exact":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import chain
 from .batch import Batch, Call
 from .layers import Block
 from .patches import Patches
@@ -106,9 +107,7 @@ def pass_back(
 
     False where a layer's rows depend on other calls or on their shapes; what was taken is then not all.
     """
-    whole = len({call.block for call in batch.calls}) == len(batch.calls) and not any(
-        call.block.together or call.input.dim() == 0 or call.input.shape[0] != batch.size for call in batch.calls
-    )
+    whole = _one_by_one(batch)
 
     def arrive(call: Call, gradient: Tensor) -> None:
         nonlocal whole
@@ -123,6 +122,39 @@ def pass_back(
     if whole:
         batch.pass_back(vector, arrive, ends)
     return whole
+
+
+def pass_back_some(
+    batch: Batch, vector: Any, places: Tensor, take: Callable[[Block, Tensor | Unwritten, Tensor], None]
+) -> bool:
+    """`pass_back` of the examples at `places` alone, of which `take` gets g, and a of the whole batch.
+
+    False, and nothing was taken, where the graph behind the output is no chain.
+    """
+    calls = {call.edge.node: call for call in batch.calls}
+    dtypes = {call.block.dtype for call in batch.calls}
+    start = batch.edges[0]
+    if start is None or not isinstance(vector, Tensor) or batch.crossings:
+        return False
+    if not _one_by_one(batch) or len(dtypes) > 1:
+        return False
+    nodes = chain.find(start, [call.edge for call in batch.calls], *dtypes)
+    if nodes is None:
+        return False
+
+    def arrive(node: Any, gradient: Tensor) -> None:
+        if call := calls.get(node):
+            take(call.block, *call.block.rows(call.rows, [gradient], call.module))
+
+    chain.pass_back(nodes, vector, places, arrive)
+    return True
+
+
+def _one_by_one(batch: Batch) -> bool:
+    """Whether every layer was called once, on the examples of the batch."""
+    return len({call.block for call in batch.calls}) == len(batch.calls) and not any(
+        call.block.together or call.input.dim() == 0 or call.input.shape[0] != batch.size for call in batch.calls
+    )
 
 
 def _batch_first(a: Tensor | Unwritten, g: Tensor, size: int) -> tuple[Tensor | Unwritten, Tensor]:
@@ -193,19 +225,31 @@ def _differs(a: Tensor | Unwritten) -> bool:
     return len(a.shape) == 5
 
 
+def an_eighth(examples: int) -> int:
+    """Of so many examples, at least `MODEL_ROWS`."""
+    return min(examples, max(examples // 8, MODEL_ROWS))
+
+
 def eighth(rows: Rows) -> Rows:
-    """An eighth of the examples, at least `MODEL_ROWS`, scaled to stand for all."""
+    """The first eighth of the examples (`an_eighth`), scaled to stand for all."""
     layers: dict[Block, tuple[Tensor | Unwritten, Tensor]] = {}
     for block, (a, g) in rows.layers.items():
         examples = a.shape[1]
-        kept = min(examples, max(examples // rows.vectors // 8, MODEL_ROWS) * rows.vectors)
-        if kept < examples:
-            a, g = (
-                a.part(0, kept) if isinstance(a, Unwritten) else a[:, :kept],
-                g[:, :, :kept] * math.sqrt(examples / kept),
-            )
-        layers[block] = (a, g)
+        kept = an_eighth(examples // rows.vectors) * rows.vectors
+        layers[block] = first(a, kept), scaled(g[:, :, :kept], examples / kept)
     return replace(rows, layers=layers)
+
+
+def first(a: Tensor | Unwritten, kept: int) -> Tensor | Unwritten:
+    """Rows a of the first so many examples."""
+    if kept == a.shape[1]:
+        return a
+    return a.part(0, kept) if isinstance(a, Unwritten) else a[:, :kept]
+
+
+def scaled(g: Tensor, stands_for: float) -> Tensor:
+    """Rows g of examples of which each stands for so many."""
+    return g if stands_for == 1 else g * math.sqrt(stands_for)
 
 
 def places(n: int, enough: int, device: torch.device) -> Tensor | None:
@@ -218,12 +262,17 @@ def stands_for(n: int, index: Tensor | None) -> float:
     return 1.0 if index is None else n / len(index)
 
 
+def chosen(a: Tensor | Unwritten, index: Tensor | None) -> Tensor | Unwritten:
+    """Rows a of the examples at the places `index`."""
+    if index is None:
+        return a
+    return a.of(index) if isinstance(a, Unwritten) else a[:, index]
+
+
 def thinned(a: Tensor | Unwritten, g: Tensor, index: Tensor | None) -> tuple[Tensor | Unwritten, Tensor]:
     """The rows at the places `index`, scaled to stand for all."""
-    if index is None:
-        return a, g
-    some = a.of(index) if isinstance(a, Unwritten) else a[:, index]
-    return some, g[:, :, index].mul_(math.sqrt(stands_for(g.shape[2], index)))
+    some = g if index is None else g[:, :, index]
+    return chosen(a, index), scaled(some, stands_for(g.shape[2], index))
 
 
 def thinned_mask(mask: Tensor | None, n: int, index: Tensor | None) -> Tensor | None:
