@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from .linalg import product
+
 aten = torch.ops.aten
 
 # By the name of an activation's node: what it saved, and the gradient at its input from that at its output.
@@ -72,7 +74,7 @@ def pass_back(nodes: Sequence[Node], vector: Tensor, places: Tensor, arrive: Cal
         if node is nodes[-1]:
             return
         if node.name() in _LINEAR:
-            gradient = gradient @ node._saved_mat2.mT  # type: ignore[attr-defined]
+            gradient = product(gradient[None], node._saved_mat2.mT[None])[0]  # type: ignore[attr-defined]
         else:
             kept, backward = _ACTIVATIONS[node.name()]
             gradient = backward(gradient, getattr(node, f"_saved_{kept}")[places], node)

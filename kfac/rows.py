@@ -20,6 +20,7 @@ from torch import Tensor
 from . import chain
 from .batch import Batch, Call
 from .layers import Block
+from .linalg import product
 from .patches import Patches
 from .products import Unwritten, WithOne, gram, outer_sum
 
@@ -445,7 +446,7 @@ def row_products(
             gradients = (some_g.mT @ some_a[:, None]).movedim(0, 2)
             parts.append(gradients.reshape(m, -1, flat.shape[1]) @ flat.T)
         return torch.cat(parts, dim=1).reshape(-1, count)
-    outputs = [(a.reshape(k, n * t, d_in) @ direction.mT).reshape(k, 1, n, t, -1) for direction in directions]
+    outputs = [product(a.reshape(k, n * t, d_in), direction.mT).reshape(k, 1, n, t, -1) for direction in directions]
     # Elementwise products and sums: as one einsum this is many small matrix products, three to ten times slower.
     columns = [(g * output).sum((0, 3, 4)) for output in outputs]
     return torch.stack(columns, dim=-1).reshape(-1, count)

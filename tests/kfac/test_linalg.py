@@ -1,4 +1,5 @@
-"""Damped inverses: large ones, made by quarters on a CPU, equal the plain inverse; a failure is noticed."""
+"""Products in any layout; damped inverses: large ones, made by quarters on a CPU, equal the plain inverse; a failure is
+noticed."""
 
 import pytest
 import torch
@@ -17,6 +18,38 @@ def positive(count: int, d: int, dtype: torch.dtype = torch.float64) -> torch.Te
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+LAYOUTS = {
+    "dense": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "rows apart": lambda x: torch.cat([x, torch.full_like(x[..., :3], torch.nan)], dim=-1)[..., :-3],
+    "one row": lambda x: x[..., :1, :].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_product_is_that_of_its_numbers_in_any_layout(onednn, left, right, dtype, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(linalg, "_has_onednn", lambda dtype: False)
+    for count, m, k, n in ((1, 150, 200, 135), (1, 3, 130, 129), (1, 40, 20, 30), (1, 0, 130, 129), (2, 30, 40, 20)):
+        x = LAYOUTS[left](torch.randn(count, m, k, dtype=dtype)) if m else torch.randn(count, m, k, dtype=dtype)
+        y = LAYOUTS[right](torch.randn(count, k, n, dtype=dtype))
+        expected = x.double() @ y.double()
+        found = linalg.product(x, y)
+        assert found.dtype == dtype and found.shape == expected.shape
+        unit = torch.finfo(dtype).eps
+        assert (found - expected).norm() <= 2 * unit * k**0.5 * expected.norm()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_product_hides_nothing_that_is_not_finite(bad):
+    x, y = torch.randn(1, 140, 150), torch.zeros(1, 150, 160)
+    x[0, 3, 4] = bad
+    assert not linalg.product(x, y)[0, 3].isfinite().any()
 
 
 @pytest.mark.parametrize("d", SIZES)
