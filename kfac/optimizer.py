@@ -66,7 +66,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             ten steps.
         inverse_interval: steps between inverses, likewise; None is 10, and with `lr` 100, reached gradually.
         preconditioning_dtype: dtype of the two products that precondition, torch.bfloat16 or its name; None keeps the
-            parameters' own. With bfloat16 a CPU also rounds to it what it multiplies for sampled statistics.
+            parameters' own. With bfloat16 a CPU may also round to it what it multiplies for sampled statistics.
         generator: source of the sampled vectors; None is an own one for each device, seeded 0. Where the model is on
             another device than the generator, that device's own one begins with the generator's seed.
         groups: parameter groups as in torch, dicts with "params" and any of "lr", "momentum", "weight_decay",
