@@ -135,11 +135,8 @@ def pass_back_some(
     calls = {call.edge.node: call for call in batch.calls}
     dtypes = {call.block.dtype for call in batch.calls}
     start = batch.edges[0]
-    if start is None or not isinstance(vector, Tensor) or batch.crossings:
-        return False
-    if not _one_by_one(batch) or len(dtypes) > 1:
-        return False
-    nodes = chain.find(start, [call.edge for call in batch.calls], *dtypes)
+    simple = isinstance(vector, Tensor) and not batch.crossings and _one_by_one(batch) and len(dtypes) == 1
+    nodes = chain.find(start, [call.edge for call in batch.calls], *dtypes) if simple and start is not None else None
     if nodes is None:
         return False
 
